@@ -1,0 +1,52 @@
+# make demo    set up .venv and watch a tiny model learn, on a laptop CPU
+# make test    set up .venv and run every test this machine can run
+# make quick   the tests without the slow ones
+# make lint    ruff (rules and format) and mypy
+# make format  let ruff rewrite what it can
+# make clean   remove .venv and caches
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c .ci/constraints.txt
+
+.PHONY: demo test quick lint format venv clean
+.DEFAULT_GOAL := test
+
+demo: $(READY)
+	$(BIN)/python -m tdm_r1 demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+quick: $(READY)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+venv: $(READY)
+
+# DeepSpeed comes as source and imports torch while it is built, so torch goes in first and the
+# second install builds without isolation. DS_BUILD_OPS=0: no ops are compiled ahead of time.
+$(READY): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "error: '$(PYTHON)' is not Python 3.10 or newer; try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	    echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PIP_INSTALL) torch setuptools wheel
+	DS_BUILD_OPS=0 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
