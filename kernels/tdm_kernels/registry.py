@@ -1,0 +1,121 @@
+"""Which implementation of each op runs where: resolved once, when a model is built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+from tdm_kernels import reference
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an op will be asked to run on: the static facts a check may look at."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    grad: bool
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The bound functions a model calls; semantics and argument names are those of `reference`."""
+
+    norm_modulate: Callable
+    gate_residual: Callable
+    gate_residual_norm: Callable
+    qk_norm_rope: Callable
+    swiglu: Callable
+    gelu_tanh: Callable
+    joint_attention: Callable
+    solver_step: Callable
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of one op.
+
+    `check` returns "" where the implementation can run and the reason where it cannot. `grad` says
+    whether it has a backward pass; one without is never selected for training.
+    """
+
+    op: str
+    backend: str
+    fn: Callable
+    check: Callable[[Target], str]
+    grad: bool
+
+    def reason_against(self, target: Target) -> str:
+        """Return why this implementation cannot serve `target`, or ""."""
+        if target.grad and not self.grad:
+            return "has no backward pass"
+        return self.check(target)
+
+
+def _always(_target: Target) -> str:
+    return ""
+
+
+OP_NAMES = tuple(field.name for field in fields(Ops))
+# Fastest first: "auto" takes the first backend whose check passes, op by op.
+BACKENDS = ("reference",)
+IMPLS = tuple(Impl(op, "reference", getattr(reference, op), _always, grad=True) for op in OP_NAMES)
+
+
+def select(
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    grad: bool = True,
+) -> Ops:
+    """Bind every op to an implementation.
+
+    An explicit `backend` must be able to run every op it claims to: otherwise ValueError with every
+    reason. "auto" takes, per op, the first backend in `BACKENDS` that can run.
+    """
+    target = Target(torch.device(device), dtype, head_dim, grad)
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; use one of {('auto', *BACKENDS)}")
+    chosen: dict[str, Impl] = {}
+    refused: list[str] = []
+    for op in OP_NAMES:
+        for impl in _candidates(op, backend):
+            reason = impl.reason_against(target)
+            if not reason:
+                chosen[op] = impl
+                break
+            refused.append(f"{op}: {impl.backend} {reason}")
+    missing = [op for op in OP_NAMES if op not in chosen]
+    if missing:
+        raise ValueError(
+            f"backend={backend!r} cannot run {missing} on {target}: {'; '.join(refused)}"
+        )
+    logger.debug("ops for %s: %s", target, {op: impl.backend for op, impl in chosen.items()})
+    return Ops(**{op: impl.fn for op, impl in chosen.items()})
+
+
+def explain(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    grad: bool = True,
+) -> dict[str, dict[str, str]]:
+    """Return op -> backend -> "ok" or the reason it cannot run."""
+    target = Target(torch.device(device), dtype, head_dim, grad)
+    return {
+        op: {impl.backend: impl.reason_against(target) or "ok" for impl in _candidates(op, "auto")}
+        for op in OP_NAMES
+    }
+
+
+def _candidates(op: str, backend: str) -> list[Impl]:
+    """Implementations of `op` that `backend` allows, fastest first."""
+    names = BACKENDS if backend == "auto" else (backend,)
+    return [impl for name in names for impl in IMPLS if impl.op == op and impl.backend == name]
