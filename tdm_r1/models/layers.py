@@ -1,0 +1,267 @@
+"""What the two transformers share: embeddings, patches, attention projections, and the base class.
+
+Shapes: B batch, T tokens, n image tokens, D width, N heads, H head width, K steps, M modulation
+vectors, C latent channels, h w latent height and width, p patch size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from tdm_kernels import Ops, select
+from torch import Tensor, nn
+
+from tdm_r1.errors import ConfigError
+from tdm_r1.models.conditioning import Condition
+
+
+def timestep_features(t: Tensor, num_features: int = 256) -> Tensor:
+    """Return fp32 [cos(t w_k), sin(t w_k)] on a new last axis, w_k = 1e4^(-2 k / num_features)."""
+    half = num_features // 2
+    # fp32 and this order of operations on purpose: at t = 1000 another rounding of w_k is visible.
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angle = t.float()[..., None] * torch.exp(exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def check_latent_size(height: int, width: int, patch: int, max_tokens: Sequence[int]) -> None:
+    """Raise ConfigError unless the latent is whole patches, at most `max_tokens` on each side."""
+    for name, size, limit in zip(("height", "width"), (height, width), max_tokens, strict=True):
+        if size <= 0 or size % patch:
+            raise ConfigError(f"latent {name}={size} must be a positive multiple of {patch}")
+        if size // patch > limit:
+            raise ConfigError(f"latent {name}={size} exceeds this model's maximum {limit * patch}")
+
+
+def patchify(x_BChw: Tensor, patch: int, *, channels_last: bool) -> Tensor:
+    """Cut latents into row-major patches [B, n, C p p], or [B, n, p p C] if `channels_last`."""
+    b, c, height, width = x_BChw.shape
+    x = x_BChw.reshape(b, c, height // patch, patch, width // patch, patch)
+    order = (0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5)
+    return x.permute(order).reshape(b, -1, c * patch * patch)
+
+
+def unpatchify(x_Bnf: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """Inverse of `patchify(..., channels_last=True)`: [B, n, p p C] -> [B, C, height, width]."""
+    b = x_Bnf.shape[0]
+    x = x_Bnf.reshape(b, height // patch, width // patch, patch, patch, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, height, width)
+
+
+def pack_linears(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None] | None:
+    """Join linears that read the same input into one (weight, bias), detached.
+
+    The parameters become views of the joint storage: no memory is added, and in-place updates of
+    either are seen by both. None if one of them is not a plain nn.Linear (a LoRA wrapper, say).
+    """
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return None
+    weight = _share([linear.weight for linear in linears])
+    has_bias = linears[0].bias is not None
+    return weight, _share([linear.bias for linear in linears]) if has_bias else None
+
+
+def _share(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Make the parameters consecutive views, along the first axis, of one new tensor; return it."""
+    joint = torch.cat([parameter.detach() for parameter in parameters])
+    views = joint.split([parameter.shape[0] for parameter in parameters])
+    for parameter, view in zip(parameters, views, strict=True):
+        parameter.data = view
+    return joint
+
+
+def name_some(names: Sequence[str], limit: int = 8) -> str:
+    """Join names for an error message, the tail of a long list as a count."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+class Packable(nn.Module):
+    """A module with groups of sibling linears that, once packed, run as one GEMM each (inference).
+
+    The packed path is taken only with grad off: its weights are detached, so a graph through it
+    would silently lose the gradients of the parameters.
+    """
+
+    groups: tuple[str, ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+    def siblings(self, group: str) -> list[nn.Module]:
+        """Return the linears of a group, in output order; all read the same input."""
+        raise NotImplementedError
+
+    def joint_weights(self, group: str) -> tuple[Tensor, Tensor | None] | None:
+        """Return the packed (weight, bias) if the packed path may be taken, else None."""
+        return None if torch.is_grad_enabled() else self.packed.get(group)
+
+    def pack(self) -> None:
+        """Join every group whose members are all plain linears (see `pack_linears`)."""
+        for group in self.groups:
+            packed = pack_linears(self.siblings(group))
+            if packed is not None:
+                self.packed[group] = packed
+
+    def unpack(self) -> None:
+        """Give every packed linear its own storage again."""
+        for group in self.packed:
+            for linear in self.siblings(group):
+                for parameter in linear.parameters():
+                    parameter.data = parameter.data.clone()
+        self.packed = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied Parameter no longer shares storage with the joint weight: copies start unpacked.
+        return {**self.__dict__, "packed": {}}
+
+
+class Attention(Packable):
+    """One self-attention layer's parameters under their published names, and its projections."""
+
+    groups: tuple[str, ...] = ("qkv",)
+
+    def __init__(self, dim: int, num_heads: int, *, bias: bool, qk_norm: bool, eps: float) -> None:
+        super().__init__()
+        self.heads = (num_heads, dim // num_heads)
+        self.eps = eps
+        self.norm_q = self.head_norm(qk_norm)
+        self.norm_k = self.head_norm(qk_norm)
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(dim, dim, bias=bias)
+        self.to_v = nn.Linear(dim, dim, bias=bias)
+        self.to_out: Any = nn.ModuleList([nn.Linear(dim, dim, bias=bias)])
+
+    def head_norm(self, present: bool) -> nn.RMSNorm | None:
+        """Return the holder of one per-head RMSNorm weight, or None for a model without them."""
+        return nn.RMSNorm(self.heads[1], eps=self.eps) if present else None
+
+    def siblings(self, group: str) -> list[nn.Module]:
+        """Return to_q, to_k, to_v."""
+        return [self.to_q, self.to_k, self.to_v]
+
+    def project(self, group: str, y_BTD: Tensor) -> Sequence[Tensor]:
+        """Return the raw q, k, v of a group, [B, T, N, H] each."""
+        weights = self.joint_weights(group)
+        if weights is not None:
+            return F.linear(y_BTD, *weights).unflatten(-1, (3, *self.heads)).unbind(2)
+        return [linear(y_BTD).unflatten(-1, self.heads) for linear in self.siblings(group)]
+
+    def qkv(self, y_BTD: Tensor, ops: Ops, rope_BTNH: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return q, k, v [B, T, N, H], q and k normalised and rotated as the model asks."""
+        q, k, v = self.project("qkv", y_BTD)
+        weight_q, weight_k = norm_weight(self.norm_q), norm_weight(self.norm_k)
+        q, k = ops.qk_norm_rope(q, k, weight_q, weight_k, rope_BTNH, eps=self.eps)
+        return q, k, v
+
+    def attend(
+        self,
+        y_BTD: Tensor,
+        ops: Ops,
+        rope_BTNH: Tensor | None = None,
+        mask_B11T: Tensor | None = None,
+        num_rows: int | None = None,
+    ) -> Tensor:
+        """Return the projected self-attention output, of all rows or of the first `num_rows`."""
+        q, k, v = self.qkv(y_BTD, ops, rope_BTNH)
+        return self.to_out[0](ops.joint_attention(q[:, :num_rows], k, v, mask_B11T))
+
+
+def norm_weight(norm: nn.RMSNorm | None) -> Tensor | None:
+    """Return the weight of an optional norm."""
+    return None if norm is None else norm.weight
+
+
+class Transformer(Packable):
+    """Base of both transformers: op binding, freezing for inference, and the one-call velocity."""
+
+    family: ClassVar[str]
+    config: Any
+    ops: Ops
+    groups = ("modulation",)
+
+    def init_runtime(self, backend: str, head_dim: int) -> None:
+        """Finish construction once the parameters exist: remember the backend, bind the ops."""
+        self.backend = backend
+        self.head_dim = head_dim
+        self.frozen = False
+        self.bind_ops()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters, and of the activations outside autocast."""
+        return next(self.parameters()).dtype
+
+    def context(self, cond: Condition, height: int, width: int) -> Any:
+        """Return all that depends neither on time nor on the latents. Sizes are latent sizes."""
+        raise NotImplementedError
+
+    def modulation(self, context: Any, t_KB: Tensor) -> Tensor:
+        """Return the modulation of K steps, indexed by step on the first axis."""
+        raise NotImplementedError
+
+    def velocity(self, x_BChw: Tensor, t_B: Tensor, cond: Condition) -> Tensor:
+        """Return v = eps - x0 at t = 1000 sigma: context, modulation and forward in one call.
+
+        x_BChw and t_B are fp32; the result is fp32 [B, C, h, w]. Source: rectified flow,
+        x_t = (1 - sigma) x0 + sigma eps.
+        """
+        context = self.context(cond, x_BChw.shape[-2], x_BChw.shape[-1])
+        return self(x_BChw, context, self.modulation(context, t_B[None])[0])
+
+    def project_modulation(self, c: Tensor) -> Tensor:
+        """Apply every modulation linear to `c`, results side by side on the last axis.
+
+        Unpacked, this is a loop of linears, not one GEMM over a weight concatenated on the fly: the
+        concatenation would copy a third of the model per call and keep it for the backward pass.
+        """
+        weights = self.joint_weights("modulation")
+        if weights is not None:
+            return F.linear(c, *weights)
+        return torch.cat([linear(c) for linear in self.siblings("modulation")], dim=-1)
+
+    def freeze(self) -> Transformer:
+        """Prepare for inference: no parameter needs a gradient, sibling linears run as one GEMM.
+
+        Later in-place updates and moves are followed; a Parameter replaced by another is not.
+        """
+        self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, Packable) and not module.packed:
+                module.pack()
+        self.frozen = True
+        return self
+
+    def unfreeze(self) -> Transformer:
+        """Undo the packing of `freeze`; `requires_grad` stays as it is."""
+        for module in self.modules():
+            if isinstance(module, Packable):
+                module.unpack()
+        self.frozen = False
+        return self
+
+    def bind_ops(self) -> None:
+        """Choose the ops for the device and dtype the parameters are on now."""
+        try:
+            self.ops = select(self.backend, self.device, self.dtype, self.head_dim, grad=True)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
+        # A move or cast replaces every parameter's storage: the packed views must be rebuilt.
+        was_frozen = self.frozen
+        if was_frozen:
+            self.unfreeze()
+        super()._apply(fn, recurse)
+        self.bind_ops()
+        return self.freeze() if was_frozen else self

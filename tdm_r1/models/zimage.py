@@ -1,0 +1,371 @@
+"""Z-Image (single-stream DiT), parameter names and shapes as published in diffusers format.
+
+Shapes: B batch, T caption tokens as given, P caption tokens padded to a multiple of 32, n image
+tokens, I image tokens padded to a multiple of 32, S = I + P, D width, N heads, H head width, K
+steps, M modulation vectors of all layers, E text width, C latent channels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tdm_kernels import Ops
+from torch import Tensor, nn
+
+from tdm_r1.errors import ConfigError
+from tdm_r1.models.conditioning import Condition
+from tdm_r1.models.config import parse_config
+from tdm_r1.models.layers import (
+    Attention,
+    Packable,
+    Transformer,
+    check_latent_size,
+    patchify,
+    timestep_features,
+    unpatchify,
+)
+
+# Both token streams are padded with learned tokens, which take part in attention, to this multiple.
+PAD_MULTIPLE = 32
+QK_EPS = 1e-5
+FINAL_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class ZImageConfig:
+    """Fields of the published config.json."""
+
+    all_patch_size: tuple[int, ...] = (2,)
+    all_f_patch_size: tuple[int, ...] = (1,)
+    in_channels: int = 16
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    n_kv_heads: int = 30
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    cap_feat_dim: int = 2560
+    siglip_feat_dim: int | None = None
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: tuple[int, ...] = (32, 48, 48)
+    axes_lens: tuple[int, ...] = (1024, 512, 512)
+
+    def __post_init__(self) -> None:
+        if len(self.all_patch_size) != 1 or tuple(self.all_f_patch_size) != (1,):
+            raise ConfigError(
+                f"all_patch_size={self.all_patch_size}, all_f_patch_size={self.all_f_patch_size}: "
+                "only one spatial patch size and the frame patch size (1,) are supported"
+            )
+        if self.n_kv_heads != self.n_heads:
+            raise ConfigError(f"n_kv_heads={self.n_kv_heads} must equal n_heads={self.n_heads}")
+        if self.siglip_feat_dim is not None:
+            raise ConfigError(
+                f"siglip_feat_dim={self.siglip_feat_dim}: the Omni variant is unsupported"
+            )
+        if sum(self.axes_dims) * self.n_heads != self.dim or len(self.axes_dims) != 3:
+            raise ConfigError(
+                f"axes_dims={self.axes_dims} must be three widths that sum to "
+                f"dim / n_heads = {self.dim / self.n_heads:g}"
+            )
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a square patch, in latent pixels."""
+        return self.all_patch_size[0]
+
+    @property
+    def patch_key(self) -> str:
+        """Name of the only patch embedding and final layer in the checkpoint."""
+        return f"{self.patch_size}-1"
+
+    @property
+    def time_dim(self) -> int:
+        """Width of the time embedding."""
+        return min(self.dim, 256)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ZImageConfig:
+        """Build from a config.json dict; ConfigError names what cannot be honoured."""
+        return parse_config(cls, values)
+
+
+@dataclass(frozen=True)
+class ZImageContext:
+    """What one prompt batch and one latent size fix; 1 row serves any batch (one prompt's group).
+
+    mask_B11S is None when no caption needs batch padding, else True for rows that are attended.
+    """
+
+    text_BPD: Tensor
+    rope_image_BINH: Tensor
+    rope_joint_BSNH: Tensor
+    mask_B11S: Tensor | None
+    num_image_pads: int
+
+
+class FeedForward(Packable):
+    """W2 (silu(W1 x) * (W3 x))."""
+
+    groups = ("up",)
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = int(dim / 3 * 8)
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+
+    def siblings(self, group: str) -> list[nn.Module]:
+        """Return w1, w3."""
+        return [self.w1, self.w3]
+
+    def forward(self, x_BTD: Tensor, ops: Ops) -> Tensor:
+        weights = self.joint_weights("up")
+        if weights is not None:
+            gate, up = F.linear(x_BTD, *weights).chunk(2, dim=-1)
+        else:
+            gate, up = self.w1(x_BTD), self.w3(x_BTD)
+        return self.w2(ops.swiglu(gate, up))
+
+
+class Block(nn.Module):
+    """Sandwich-norm block: RMSNorm before and after attention and MLP, modulated unless `plain`."""
+
+    def __init__(self, config: ZImageConfig, *, plain: bool = False) -> None:
+        super().__init__()
+        dim, self.eps = config.dim, config.norm_eps
+        self.attention = Attention(
+            dim, config.n_heads, bias=False, qk_norm=config.qk_norm, eps=QK_EPS
+        )
+        self.feed_forward = FeedForward(dim)
+        self.attention_norm1 = nn.RMSNorm(dim, eps=self.eps)
+        self.ffn_norm1 = nn.RMSNorm(dim, eps=self.eps)
+        self.attention_norm2 = nn.RMSNorm(dim, eps=self.eps)
+        self.ffn_norm2 = nn.RMSNorm(dim, eps=self.eps)
+        if not plain:
+            self.adaLN_modulation = nn.ModuleList([nn.Linear(config.time_dim, 4 * dim)])
+
+    def forward(
+        self,
+        h_BTD: Tensor,
+        ops: Ops,
+        rope_BTNH: Tensor,
+        mask_B11T: Tensor | None = None,
+        mod_4B1D: Tensor | None = None,
+        num_rows: int | None = None,
+    ) -> Tensor:
+        """Return the updated stream, or only its first `num_rows` rows (all rows are attended)."""
+        scale1, gate1, scale2, gate2 = (None,) * 4 if mod_4B1D is None else mod_4B1D.unbind()
+        y = ops.norm_modulate(h_BTD, scale1, weight_D=self.attention_norm1.weight, eps=self.eps)
+        o = self.attention.attend(y, ops, rope_BTNH, mask_B11T, num_rows)
+        h_BTD, y = ops.gate_residual_norm(
+            h_BTD[:, :num_rows],
+            o,
+            gate1,
+            scale2,
+            branch_weight_D=self.attention_norm2.weight,
+            weight_D=self.ffn_norm1.weight,
+            eps=self.eps,
+        )
+        f = self.feed_forward(y, ops)
+        return ops.gate_residual(
+            h_BTD, f, gate2, branch_weight_D=self.ffn_norm2.weight, eps=self.eps
+        )
+
+
+class FinalLayer(nn.Module):
+    """Parameters of the output layer: modulation scale, then the linear back to patches."""
+
+    def __init__(self, config: ZImageConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.dim, config.patch_size**2 * config.in_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
+
+
+class ZImageTransformer(Transformer):
+    """The Z-Image velocity field, in the sign and time of SD3: v = eps - x0 at t = 1000 sigma.
+
+    The published network predicts x0 - eps and takes 1 - sigma; both conversions happen in here.
+    """
+
+    family = "zimage"
+
+    def __init__(self, config: ZImageConfig, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        dim, channels = config.dim, config.patch_size**2 * config.in_channels
+        self.all_x_embedder: Any = nn.ModuleDict({config.patch_key: nn.Linear(channels, dim)})
+        self.all_final_layer: Any = nn.ModuleDict({config.patch_key: FinalLayer(config)})
+        refiners = range(config.n_refiner_layers)
+        self.noise_refiner = nn.ModuleList(Block(config) for _ in refiners)
+        self.context_refiner = nn.ModuleList(Block(config, plain=True) for _ in refiners)
+        self.t_embedder: Any = nn.ModuleDict(
+            {
+                "mlp": nn.Sequential(
+                    nn.Linear(256, 1024), nn.SiLU(), nn.Linear(1024, config.time_dim)
+                )
+            }
+        )
+        self.cap_embedder = nn.Sequential(
+            nn.RMSNorm(config.cap_feat_dim, eps=config.norm_eps),
+            nn.Linear(config.cap_feat_dim, dim),
+        )
+        self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.init_runtime(backend, dim // config.n_heads)
+
+    def siblings(self, group: str) -> list[nn.Module]:
+        """Return the blocks' modulation linears in the order `forward` consumes them."""
+        return [block.adaLN_modulation[0] for block in (*self.noise_refiner, *self.layers)]
+
+    def context(self, cond: Condition, height: int, width: int) -> ZImageContext:
+        """Return the refined captions, the rotation tables and the mask of batch padding.
+
+        Captions are padded with a learned, attended token to P_i = ceil32(length_i); only the rows
+        from P_i up to the batch's longest P are masked. Raises ConfigError for sizes that are not
+        whole patches or exceed the rotation tables, an empty caption, or features of another width.
+        """
+        config, device = self.config, cond.tokens_BTE.device
+        check_latent_size(height, width, config.patch_size, config.axes_lens[1:])
+        padded = padded_lengths(cond, config)
+        num_text = max(padded)
+        text_BPD = self.embed_captions(cond, num_text)
+        # One row of tables serves the whole batch when all captions pad to the same length.
+        if min(padded) == num_text:
+            padded, mask_B1P = padded[:1], None
+        else:
+            padded_B1 = torch.tensor(padded, device=device)[:, None]
+            mask_B1P = torch.arange(num_text, device=device) < padded_B1
+        text_ids, image_ids = position_ids(
+            padded, height // config.patch_size, width // config.patch_size, device
+        )
+        rope_image = rope_table(image_ids, config)
+        rope_text = rope_table(text_ids, config).expand(len(padded), -1, -1, -1)
+        mask_B11P = None if mask_B1P is None else mask_B1P[:, None, None]
+        for block in self.context_refiner:
+            text_BPD = block(text_BPD, self.ops, rope_text, mask_B11P)
+        num_padded_image = image_ids.shape[1]
+        return ZImageContext(
+            text_BPD,
+            rope_image,
+            torch.cat([rope_image, rope_text], dim=1),
+            # Image rows, learned pads included, are never masked.
+            None if mask_B11P is None else F.pad(mask_B11P, (num_padded_image, 0), value=True),
+            num_padded_image - height * width // config.patch_size**2,
+        )
+
+    def embed_captions(self, cond: Condition, num_text: int) -> Tensor:
+        """Return embedded captions [B, P, D], the learned pad token from each one's length on."""
+        tokens = cond.tokens_BTE[:, :num_text].to(self.dtype)
+        tokens = F.pad(tokens, (0, 0, 0, num_text - tokens.shape[1]))
+        rows = torch.arange(num_text, device=tokens.device)
+        valid_BP1 = (rows < cond.lengths_B[:, None])[..., None]
+        # Padding may hold anything: clear it first, or a NaN there would reach the gradients.
+        tokens = tokens.masked_fill(~valid_BP1, 0)
+        norm, linear = self.cap_embedder
+        tokens = self.ops.norm_modulate(tokens, weight_D=norm.weight, eps=self.config.norm_eps)
+        return torch.where(valid_BP1, linear(tokens).to(self.dtype), self.cap_pad_token)
+
+    def modulation(self, context: ZImageContext, t_KB: Tensor) -> Tensor:
+        """Return every block's (1 + s1, tanh g1, 1 + s2, tanh g2), then the final 1 + s.
+
+        fp32 [K, M, B, 1, D]. c = MLP(features(t_scale (1 - sigma))); vectors = W c + b, the final
+        layer's W silu(c) + b; all steps in one pass over the weights.
+        """
+        config = self.config
+        features = timestep_features((1000 - t_KB.float()) / 1000 * config.t_scale)
+        c_KBE = self.t_embedder["mlp"](features.to(self.dtype))
+        chunks = self.project_modulation(c_KBE).float().unflatten(-1, (-1, 2, config.dim))
+        scales, gates = 1 + chunks[..., 0, :], chunks[..., 1, :].tanh()
+        blocks = torch.stack([scales, gates], dim=3).flatten(2, 3)
+        final = self.all_final_layer[config.patch_key].adaLN_modulation(c_KBE).float()
+        table_KBMD = torch.cat([blocks, 1 + final[:, :, None]], dim=2)
+        return table_KBMD.movedim(2, 1)[:, :, :, None]
+
+    def forward(self, x_BChw: Tensor, context: ZImageContext, mod_MB1D: Tensor) -> Tensor:
+        """Return v = eps - x0, fp32 [B, C, h, w], for fp32 latents x and one step's modulation.
+
+        Context and modulation have B rows, or one row that serves the whole batch.
+        """
+        config, ops = self.config, self.ops
+        b, _, height, width = x_BChw.shape
+        patches = patchify(x_BChw.to(self.dtype), config.patch_size, channels_last=True)
+        h = self.all_x_embedder[config.patch_key](patches).to(self.dtype)
+        num_image = h.shape[1]
+        if context.num_image_pads:
+            pads = self.x_pad_token.expand(b, context.num_image_pads, -1)
+            h = torch.cat([h, pads], dim=1)
+        mods = mod_MB1D[:-1].unflatten(0, (-1, 4)).unbind()
+        num_refiners = len(self.noise_refiner)
+        for block, mod in zip(self.noise_refiner, mods[:num_refiners], strict=True):
+            h = block(h, ops, context.rope_image_BINH, None, mod)
+        h = torch.cat([h, context.text_BPD.expand(b, -1, -1)], dim=1)
+        rope, mask = context.rope_joint_BSNH, context.mask_B11S
+        last = len(self.layers) - 1
+        for index, (block, mod) in enumerate(zip(self.layers, mods[num_refiners:], strict=True)):
+            h = block(h, ops, rope, mask, mod, num_image if index == last else None)
+        y = ops.norm_modulate(h[:, :num_image], mod_MB1D[-1], eps=FINAL_EPS)
+        out = self.all_final_layer[config.patch_key].linear(y)
+        return -unpatchify(out, height, width, config.patch_size).float()
+
+
+def padded_lengths(cond: Condition, config: ZImageConfig) -> list[int]:
+    """Return each caption's length rounded up to the pad multiple, checked against the model."""
+    width, available = cond.tokens_BTE.shape[-1], cond.tokens_BTE.shape[1]
+    if width != config.cap_feat_dim:
+        raise ConfigError(f"text features are {width} wide, this model takes {config.cap_feat_dim}")
+    lengths = cond.lengths_B.tolist()
+    if min(lengths) < 1 or max(lengths) > available:
+        raise ConfigError(f"caption lengths {lengths} must be between 1 and {available}")
+    padded = [ceil_to_multiple(length) for length in lengths]
+    # Caption rows are at frames 1..P and the image at frame P + 1.
+    if max(padded) + 1 >= config.axes_lens[0]:
+        limit = (config.axes_lens[0] - 2) // PAD_MULTIPLE * PAD_MULTIPLE
+        raise ConfigError(f"caption of {max(lengths)} tokens exceeds this model's maximum {limit}")
+    return padded
+
+
+def ceil_to_multiple(length: int) -> int:
+    """Round up to the pad multiple."""
+    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
+def position_ids(
+    padded: list[int], rows: int, cols: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return (frame, row, column) of caption rows [1, P, 3] and of image rows [B, I, 3].
+
+    Caption row j is (1 + j, 0, 0); image row (y, x) is (P_b + 1, y, x); image pads are (0, 0, 0).
+    """
+    text = torch.zeros(1, max(padded), 3, dtype=torch.int64, device=device)
+    text[0, :, 0] = torch.arange(1, max(padded) + 1, device=device)
+    num_image = rows * cols
+    image = torch.zeros(
+        len(padded), ceil_to_multiple(num_image), 3, dtype=torch.int64, device=device
+    )
+    index = torch.arange(num_image, device=device)
+    image[:, :num_image, 0] = torch.tensor(padded, device=device)[:, None] + 1
+    image[:, :num_image, 1] = index // cols
+    image[:, :num_image, 2] = index % cols
+    return text, image
+
+
+def rope_table(ids_BT3: Tensor, config: ZImageConfig) -> Tensor:
+    """Return the rotations [B, T, 1, H], fp32, that `qk_norm_rope` takes.
+
+    Axis a of width d_a turns pair i by position_a * theta^(-2 i / d_a); the axes lie side by side.
+    """
+    angles = []
+    for axis, dim in enumerate(config.axes_dims):
+        # The published table is made in fp64 and rounded once: the angle, not the frequency.
+        exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=ids_BT3.device) / dim
+        frequency = 1.0 / config.rope_theta**exponent
+        angles.append((ids_BT3[..., axis, None] * frequency).float())
+    angle = torch.cat(angles, dim=-1)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(-2)[..., None, :]
