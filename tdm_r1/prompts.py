@@ -1,0 +1,67 @@
+"""Prompts: where they come from, and a sampler whose position can be saved.
+
+P prompts per iteration over all ranks, G samples each. A group is the G samples of one drawn prompt;
+its id is the position of the draw, so the same text drawn twice makes two groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import shapes
+from .errors import ConfigError
+
+
+def load_prompts(source: str, families: Sequence[str] = (), split: str = "all") -> tuple[tuple[str, ...], ...]:
+    """Prompts by family. `source` is "shapes" (the embedded world) or a text file, one prompt a line.
+
+    Raises ConfigError for an unknown family, a missing file, or no prompts at all.
+    """
+    if source == "shapes":
+        pools = tuple(shapes.captions(family, split) for family in families)
+        empty = [family for family, pool in zip(families, pools) if not pool]
+        if empty:
+            raise ConfigError(f"families {', '.join(empty)} have no prompts in split {split!r}")
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise ConfigError(f"prompts.source must be 'shapes' or a text file; {source!r} is neither")
+        pools = (tuple(line.strip() for line in path.read_text().splitlines() if line.strip()),)
+    if not pools or not all(pools):
+        raise ConfigError(f"no prompts in {source!r}: the prompt list is empty")
+    return pools
+
+
+class PromptSampler:
+    """Draws prompts, families in turn and each family a shuffled pass at a time.
+
+    Draw n is a pure function of (seed, n): `position` is the whole state, and every rank can compute
+    every draw without talking to the others.
+    """
+
+    def __init__(self, pools: Sequence[Sequence[str]], seed: int) -> None:
+        self.pools = [tuple(pool) for pool in pools]
+        self.seed = seed
+        self.position = 0
+
+    def draw(self, num_prompts: int) -> list[tuple[int, str]]:
+        """The next `num_prompts` (group id, prompt) pairs; group ids never repeat."""
+        first, self.position = self.position, self.position + num_prompts
+        return [(n, self._prompt(n)) for n in range(first, self.position)]
+
+    def _prompt(self, n: int) -> str:
+        family, turn = n % len(self.pools), n // len(self.pools)
+        pool = self.pools[family]
+        epoch, index = divmod(turn, len(pool))
+        order = np.random.default_rng((self.seed, family, epoch)).permutation(len(pool))
+        return pool[int(order[index])]
+
+
+def evaluation_prompts(pools: Sequence[Sequence[str]], num_prompts: int) -> list[str]:
+    """A fixed list of `num_prompts`, families in turn, each pool walked round as often as needed."""
+    return [
+        pools[i % len(pools)][(i // len(pools)) % len(pools[i % len(pools)])] for i in range(num_prompts)
+    ]
