@@ -1,7 +1,7 @@
 """Prompts: where they come from, and a sampler whose position can be saved.
 
-P prompts per iteration over all ranks, G samples each. A group is the G samples of one drawn prompt;
-its id is the position of the draw, so the same text drawn twice makes two groups.
+P prompts per iteration over all ranks, G samples each. A group is the G samples of one drawn
+prompt; its id is the position of the draw, so the same text drawn twice makes two groups.
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ from . import shapes
 from .errors import ConfigError
 
 
-def load_prompts(source: str, families: Sequence[str] = (), split: str = "all") -> tuple[tuple[str, ...], ...]:
-    """Prompts by family. `source` is "shapes" (the embedded world) or a text file, one prompt a line.
+def load_prompts(
+    source: str, families: Sequence[str] = (), split: str = "all"
+) -> tuple[tuple[str, ...], ...]:
+    """Prompts by family. `source`: "shapes" (the embedded world) or a text file, one prompt a line.
 
     Raises ConfigError for an unknown family, a missing file, or no prompts at all.
     """
     if source == "shapes":
         pools = tuple(shapes.captions(family, split) for family in families)
-        empty = [family for family, pool in zip(families, pools) if not pool]
+        empty = [family for family, pool in zip(families, pools, strict=True) if not pool]
         if empty:
             raise ConfigError(f"families {', '.join(empty)} have no prompts in split {split!r}")
     else:
         path = Path(source)
         if not path.is_file():
-            raise ConfigError(f"prompts.source must be 'shapes' or a text file; {source!r} is neither")
+            raise ConfigError(
+                f"prompts.source must be 'shapes' or a text file; {source!r} is neither"
+            )
         pools = (tuple(line.strip() for line in path.read_text().splitlines() if line.strip()),)
     if not pools or not all(pools):
         raise ConfigError(f"no prompts in {source!r}: the prompt list is empty")
@@ -38,8 +42,8 @@ def load_prompts(source: str, families: Sequence[str] = (), split: str = "all") 
 class PromptSampler:
     """Draws prompts, families in turn and each family a shuffled pass at a time.
 
-    Draw n is a pure function of (seed, n): `position` is the whole state, and every rank can compute
-    every draw without talking to the others.
+    Draw n is a pure function of (seed, n): `position` is the whole state, and every rank can
+    compute every draw without talking to the others.
     """
 
     def __init__(self, pools: Sequence[Sequence[str]], seed: int) -> None:
@@ -61,7 +65,8 @@ class PromptSampler:
 
 
 def evaluation_prompts(pools: Sequence[Sequence[str]], num_prompts: int) -> list[str]:
-    """A fixed list of `num_prompts`, families in turn, each pool walked round as often as needed."""
+    """A fixed list of `num_prompts`, families in turn, each pool repeated as often as needed."""
     return [
-        pools[i % len(pools)][(i // len(pools)) % len(pools[i % len(pools)])] for i in range(num_prompts)
+        pools[i % len(pools)][(i // len(pools)) % len(pools[i % len(pools)])]
+        for i in range(num_prompts)
     ]

@@ -31,9 +31,9 @@ SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("one", "two", "three", "four", "five")
 WORDS = tuple(
-    "GO NO UP ON IN OK HI WE MY BE CAT DOG SUN CAR BUS TEA ICE RED BIG TOP ZOO HOT ART FLY JAM KEY MAP NET OWL "
-    "PIE BOX VAN WAX FOX STOP OPEN EXIT SALE TAXI CAFE PARK FISH MILK BOOK GOLD HOME JAZZ KIWI LOVE MOON "
-    "NEXT PLAY QUIZ RAIN SHOP TREE UNIT VOTE WAVE YEAR ZONE WIND".split()
+    "GO NO UP ON IN OK HI WE MY BE CAT DOG SUN CAR BUS TEA ICE RED BIG TOP ZOO HOT ART FLY JAM KEY "
+    "MAP NET OWL PIE BOX VAN WAX FOX STOP OPEN EXIT SALE TAXI CAFE PARK FISH MILK BOOK GOLD HOME "
+    "JAZZ KIWI LOVE MOON NEXT PLAY QUIZ RAIN SHOP TREE UNIT VOTE WAVE YEAR ZONE WIND".split()
 )
 FAMILIES = ("single", "two", "counting", "colours", "position", "attribution", "words")
 _SUPERSAMPLE = 4
@@ -144,7 +144,9 @@ _JOIN = re.compile(rf" (and|{'|'.join(RELATIONS)}) ")
 def _thing(text: str) -> Thing:
     match = _THING.fullmatch(text)
     if match is None:
-        raise ConfigError(f"caption part {text!r} is not of the embedded world, e.g. 'two red circles'")
+        raise ConfigError(
+            f"caption part {text!r} is not of the embedded world, e.g. 'two red circles'"
+        )
     number = match["n"]
     count = NUMBERS.index(number) + 1 if number in NUMBERS else 1
     return Thing(match["s"], match["c"], count)
@@ -174,7 +176,7 @@ def parse(text: str) -> Caption:
 
 
 def render(caption: str, rng: np.random.Generator) -> np.ndarray:
-    """Draw a caption. Returns uint8 `[64, 64, 3]`; free attributes (place, size, hue) come from rng."""
+    """Draw a caption as uint8 `[64, 64, 3]`; free attributes (place, size, hue) come from rng."""
     spec = parse(caption)
     canvas = Image.new("RGB", (SIZE * _SUPERSAMPLE,) * 2, (int(rng.integers(236, 256)),) * 3)
     draw = ImageDraw.Draw(canvas)
@@ -191,13 +193,18 @@ def _draw_things(draw: ImageDraw.ImageDraw, spec: Caption, rng: np.random.Genera
         for _ in range(thing.count):
             shapes.append(thing.shape)
             colours.append(thing.colour or str(rng.choice(list(COLOURS))))
-    for shape, colour, (x, y, r) in zip(shapes, colours, _places(len(shapes), spec.relation, rng)):
-        fill = tuple(int(v) for v in np.clip(np.array(COLOURS[colour]) + rng.integers(-12, 13, 3), 0, 255))
+    places = _places(len(shapes), spec.relation, rng)
+    for shape, colour, (x, y, r) in zip(shapes, colours, places, strict=True):
+        fill = tuple(
+            int(v) for v in np.clip(np.array(COLOURS[colour]) + rng.integers(-12, 13, 3), 0, 255)
+        )
         _draw_shape(draw, shape, fill, x, y, r, _SUPERSAMPLE)
 
 
-def _places(n: int, relation: str | None, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """n centres and radii in pixels, boxes at least 3 pixels apart, the relation holding clearly."""
+def _places(
+    n: int, relation: str | None, rng: np.random.Generator
+) -> list[tuple[float, float, float]]:
+    """n centres and radii in pixels, boxes 3 or more pixels apart, the relation holding clearly."""
     low, high = (11.0, 16.0) if n == 1 else (9.0, 12.0) if n == 2 else (7.0, 9.0)
     placed: list[tuple[float, float, float]] = []
     tries = 0
@@ -216,7 +223,7 @@ def _places(n: int, relation: str | None, rng: np.random.Generator) -> list[tupl
 
 
 def _margin(x: float, y: float, relation: str) -> float:
-    """How many pixels the asked direction exceeds the other axis of an offset; y grows downwards."""
+    """How many pixels the asked direction exceeds the other axis of an offset; y grows down."""
     along = {"left of": -x, "right of": x, "above": -y, "below": y}[relation]
     return along - (abs(y) if relation in ("left of", "right of") else abs(x))
 
@@ -241,12 +248,16 @@ def _draw_sign(draw: ImageDraw.ImageDraw, word: str, rng: np.random.Generator) -
     y = float(rng.uniform(22, 32)) * s
     ink = tuple(int(v) for v in rng.integers(15, 50, 3))
     draw.rectangle([30 * s, y, 34 * s, SIZE * s], fill=(130, 130, 130))
-    draw.rounded_rectangle([3 * s, y - 15 * s, 61 * s, y + 15 * s], 4 * s, (250, 250, 250), ink, 2 * s)
+    draw.rounded_rectangle(
+        [3 * s, y - 15 * s, 61 * s, y + 15 * s], 4 * s, (250, 250, 250), ink, 2 * s
+    )
     size = 22 * s
     while draw.textlength(word, font=_font(size)) > 50 * s:
         size -= s
     x = 32 * s + float(rng.uniform(-2, 2)) * s
-    draw.text((x, y), word, fill=ink, font=_font(size), anchor="mm", stroke_width=s // 2, stroke_fill=ink)
+    draw.text(
+        (x, y), word, fill=ink, font=_font(size), anchor="mm", stroke_width=s // 2, stroke_fill=ink
+    )
 
 
 # Checker
@@ -266,7 +277,7 @@ def _template(shape: str, width: int, height: int) -> np.ndarray:
 
 
 def _classify(mask: np.ndarray) -> str | None:
-    """The template of greatest overlap (IoU) with a segment cut to its box, None below `_MIN_IOU`."""
+    """The template of greatest IoU with a segment cut to its box, None below `_MIN_IOU`."""
     height, width = mask.shape
     if not 0.66 <= width / height <= 1.5:
         return None
@@ -282,7 +293,7 @@ def _classify(mask: np.ndarray) -> str | None:
 def detect(image: np.ndarray) -> tuple[list[Detection], float]:
     """Segments of a picture by hue, and the share of non-background pixels in fitting shapes.
 
-    image: uint8 `[H, W, 3]`. Background is any light grey; dark grey counts as foreground of no colour.
+    image: uint8 `[H, W, 3]`. Background is any light grey; dark grey is foreground of no colour.
     """
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
         raise ConfigError(f"image must be uint8 [H, W, 3]; got {image.dtype} {list(image.shape)}")
@@ -309,11 +320,11 @@ def detect(image: np.ndarray) -> tuple[list[Detection], float]:
 
 
 def _hue(rgb: Sequence[int]) -> float:
-    return float(cv2.cvtColor(np.uint8([[rgb]]), cv2.COLOR_RGB2HSV)[0, 0, 0]) * 2
+    return float(cv2.cvtColor(np.array([[rgb]], np.uint8), cv2.COLOR_RGB2HSV)[0, 0, 0]) * 2
 
 
 def holds(a: Detection, relation: str, b: Detection) -> bool:
-    """GenEval's relation: centre offset less 0.1 of both sizes, its share of the distance above 0.5."""
+    """GenEval's rule: centre offset less 0.1 of both sizes, its share of the distance above 0.5."""
     box_a, box_b = np.array(a.box, float), np.array(b.box, float)
     offset = (box_a[:2] + box_a[2:] - box_b[:2] - box_b[2:]) / 2
     sizes = (box_a[2:] - box_a[:2]) + (box_b[2:] - box_b[:2])
@@ -321,10 +332,14 @@ def holds(a: Detection, relation: str, b: Detection) -> bool:
     if np.abs(revised).max() < 1e-3:
         return False
     x, y = revised / np.linalg.norm(offset)
-    return bool({"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}[relation])
+    return bool(
+        {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}[relation]
+    )
 
 
-def check(caption: str, image: np.ndarray, read: Callable[[np.ndarray], str] | None = None) -> Verdict:
+def check(
+    caption: str, image: np.ndarray, read: Callable[[np.ndarray], str] | None = None
+) -> Verdict:
     """Does the picture show its caption?
 
     strict: 1 if every thing asked for is there in its exact number, colour and place and nothing
@@ -363,7 +378,9 @@ def _closeness(got: int, want: int) -> float:
 
 def _check_word(word: str, image: np.ndarray, read: Callable[[np.ndarray], str] | None) -> Verdict:
     if read is None:
-        from .rewards.ocr import read_text as read
+        from .rewards.ocr import read_text
+
+        read = read_text
     big = cv2.resize(image, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
     text = re.sub(r"[^A-Za-z]", "", read(big)).upper()
     if not text:

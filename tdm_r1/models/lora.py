@@ -212,19 +212,24 @@ def merge_lora(
 
 
 def save_lora(
-    path: str | Path, model: nn.Module, adapter: str, metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    model: nn.Module,
+    adapter: str,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write one adapter as diffusers' `load_lora_weights` reads it, scale included.
 
     `path` is a .safetensors file, or a directory for the default file name; returns the file. Rank
     and alpha go into the header's adapter metadata; `metadata` adds entries of the caller's own.
+    `dtype` None keeps the adapter's.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / WEIGHTS_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"transformer.{key}": value.detach().cpu().contiguous()
+        f"transformer.{key}": value.detach().to("cpu", dtype).contiguous()
         for key, value in adapter_parameters(model, adapter).items()
     }
     # One (rank, alpha) per adapter: `inject` gives all its modules the same.

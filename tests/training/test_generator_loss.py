@@ -32,7 +32,7 @@ def generator_inputs():
 
 
 def terms(inputs, rl_cfg=2.5, cfg=3.5, weight_cfg=4.5):
-    """(D_cfg, D_kl, D_rl, w, w') as METHOD writes them."""
+    """(D_cfg, D_kl, D_rl, w, w') by the formulas of losses.py."""
     x0_hat = inputs["x0_hat_BChw"].detach()
     base_c, base_u, fake, sur_c, sur_u, base_r = (inputs[f"{name}_BChw"] for name in QUERIES)
     sur = sur_u + rl_cfg * (sur_c - sur_u)
