@@ -1,0 +1,134 @@
+"""Command line: `python -m tdm_r1 generate "two red circles" -o out.png`.
+
+Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+from tdm_r1.errors import ConfigError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status instead of raising."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has said what is wrong, or printed the help
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        return arguments.run(arguments)
+    except (
+        Exception
+    ) as error:  # the boundary of the program: one line for the user, details on request
+        if arguments.traceback:
+            traceback.print_exc()
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        print(f"tdm-r1: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tdm-r1", description="Few-step text-to-image models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_generate(commands) -> None:
+    parser = commands.add_parser("generate", help="draw images for one or more prompts")
+    add = parser.add_argument
+    add(
+        "prompts", nargs="+", metavar="PROMPT", help="one image per prompt, or --num-images of them"
+    )
+    add(
+        "--model",
+        default="tiny-sd3",
+        help="shipped name, directory or Hub id (default: %(default)s)",
+    )
+    add("--lora", metavar="FILE", help="LoRA to merge, diffusers or PEFT layout")
+    add("--seed", type=int, help="whole number; drawn and printed when absent")
+    add("--height", type=int, help="pixels")
+    add("--width", type=int, help="pixels")
+    add("--steps", type=int, default=4, help="default: %(default)s")
+    add("--solver", default="auto", help="auto, euler or dpm2m (default: %(default)s)")
+    add("--guidance-scale", type=float, metavar="G", help="as in diffusers; off when absent")
+    add("--num-images", type=int, default=1, metavar="N", help="per prompt (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--dtype", default="auto", help="auto, bfloat16 or float32 (default: %(default)s)")
+    add("--backend", default="auto", help="kernel backend (default: %(default)s)")
+    add("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE",
+        help="several images become FILE-0, FILE-1, ... (default: %(default)s)")  # fmt: skip
+    add("--traceback", action="store_true", help="show where an error came from")
+    parser.set_defaults(run=_generate)
+
+
+def _add_demo(commands) -> None:
+    parser = commands.add_parser(
+        "demo", help="watch a tiny generator learn from a black-box reward"
+    )
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="change the recipe tiny-sd3-shapes, e.g. --set iterations=20",
+    )  # fmt: skip
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from tdm_r1 import demo
+
+    summary = demo.run(arguments.overrides)
+    low, high = summary["reward_before_interval95"]
+    print(f"held-out strict reward before {summary['reward_before']:.3f} [{low:.3f}, {high:.3f}]")
+    low, high = summary["reward_after_interval95"]
+    print(f"held-out strict reward after  {summary['reward_after']:.3f} [{low:.3f}, {high:.3f}]")
+    print(f"{summary['seconds']:.0f} s; pictures and numbers in {summary['output']}")
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    output: Path = arguments.output
+    if output.suffix.lower() not in SUFFIXES:  # before minutes of work, not after
+        raise ConfigError(f"--output is {str(output)!r}; allowed endings: {', '.join(SUFFIXES)}")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output is {str(output)!r}, but {output.parent} is not a directory")
+    from tdm_r1.engine import (
+        Engine,
+    )  # torch and the model libraries take seconds; --help should not
+
+    engine = Engine.from_pretrained(
+        arguments.model,
+        lora=arguments.lora,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        steps=arguments.steps,
+        solver=arguments.solver,
+        backend=arguments.backend,
+    )
+    images = engine.generate(
+        arguments.prompts,
+        seed=arguments.seed,
+        height=arguments.height,
+        width=arguments.width,
+        num_images_per_prompt=arguments.num_images,
+        guidance_scale=arguments.guidance_scale,
+    )
+    print(f"seed {engine.last_seed}", file=sys.stderr)
+    for index, image in enumerate(images):
+        path = output
+        if len(images) > 1:
+            path = output.with_name(f"{output.stem}-{index}{output.suffix}")
+        image.save(path)
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

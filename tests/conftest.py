@@ -1,0 +1,38 @@
+"""Fixtures shared by all tests: random tiny models on disk, built once per run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported: small tensors gain nothing from threads, and a busy machine loses a lot.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+
+from tests import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def sd3_dir(tmp_path_factory) -> Path:
+    """Random SD3 directory, flow-matching Euler scheduler."""
+    return tiny.make_sd3(tmp_path_factory.mktemp("models") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def sd3_dpm_dir(tmp_path_factory) -> Path:
+    """The same weights with DPM-Solver++ stored as the scheduler."""
+    return tiny.make_sd3(tmp_path_factory.mktemp("models") / "sd3-dpm", solver="dpm2m")
+
+
+@pytest.fixture(scope="session")
+def sd3_no_t5_dir(tmp_path_factory) -> Path:
+    """An SD3 directory without its third text encoder."""
+    return tiny.make_sd3(tmp_path_factory.mktemp("models") / "sd3-no-t5", with_t5=False)
+
+
+@pytest.fixture(scope="session")
+def zimage_dir(tmp_path_factory) -> Path:
+    """Random Z-Image directory."""
+    return tiny.make_zimage(tmp_path_factory.mktemp("models") / "zimage")

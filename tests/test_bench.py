@@ -1,0 +1,45 @@
+"""The bench runs, checks before it times, and ends in one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+
+from bench.generate import main
+from bench.timing import interleaved
+
+
+def test_quantiles_of_interleaved_calls():
+    calls = []
+    times = interleaved(
+        {
+            "short": lambda: calls.append("s"),
+            "long": lambda: (calls.append("l"), time.sleep(0.002)),
+        },
+        repeats=5,
+        warmup=1,
+    )
+    assert "".join(calls) == "sl" * 6
+    assert times["long"].p20 >= 2.0 > times["short"].p50
+    assert times["long"].p20 <= times["long"].p50 <= times["long"].p80
+    with pytest.raises(ValueError, match="repeats is 4"):
+        interleaved({}, repeats=4)
+
+
+@pytest.mark.parametrize("model", ["sd3_dpm_dir", "zimage_dir"])
+def test_generate(model, request, capsys, tmp_path):
+    directory, threads = request.getfixturevalue(model), torch.get_num_threads()
+    output = tmp_path / "results" / "generate.json"
+    try:
+        arguments = ["--batches", "2", "--repeats", "5", "--threads", "1", "--output", str(output)]
+        assert main(["--model", str(directory), *arguments]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads(output.read_text())
+    (row,) = result["rows"]
+    assert row["batch"] == 2 and row["latent_error"] <= 1e-4
+    assert set(row["call_ms"]) == {"diffusers", "new prompt", "known prompt"}
