@@ -1,0 +1,291 @@
+"""Recipes: one frozen dataclass tree, read from YAML and changed by `--set a.b=v`.
+
+Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import ConfigError, closest
+
+RECIPES = Path(__file__).parent / "recipes"
+METHODS = ("sft", "tdm", "tdm_r1")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW of one role. `warmup` in iterations; `decay` "none", or "cosine" to 0 at the last."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    eps: float = 1e-8
+    clip: float = 1.0
+    warmup: int = 0
+    decay: str = "none"
+
+
+@dataclass(frozen=True)
+class Optimizers:
+    """One optimizer per trained role; `sft` uses the generator's alone."""
+
+    generator: Optimizer = Optimizer(lr=7.5e-5, betas=(0.0, 0.999))
+    fake: Optimizer = Optimizer(lr=3e-4, betas=(0.0, 0.999))
+    surrogate: Optimizer = Optimizer(lr=3e-4, betas=(0.9, 0.999))
+
+
+@dataclass(frozen=True)
+class Roles:
+    """`full`: every role copies the transformer. `lora`: named adapters over one frozen base."""
+
+    kind: str = "lora"
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Where prompts come from: the embedded world's families, or a text file with one per line."""
+
+    source: str = "shapes"
+    families: tuple[str, ...] = ("counting", "colours", "position", "attribution")
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Pictures for `sft`: "shapes" or an image folder with metadata.jsonl."""
+
+    source: str = "shapes"
+    families: tuple[str, ...] = (
+        "single",
+        "two",
+        "counting",
+        "colours",
+        "position",
+        "attribution",
+        "words",
+    )
+    num_pictures: int = 30000
+    batch_size: int = 128
+    caption_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """P prompts by G samples per iteration over all ranks; `micro_groups` whole groups per pass."""
+
+    num_prompts: int = 48
+    group_size: int = 24
+    micro_groups: int = 4
+    steps: int = 4
+    solver: str = "auto"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Few-step distribution matching. `boundaries` of the K steps are trained per iteration."""
+
+    boundaries: int = 2
+    cfg: float = 3.5
+    weight_cfg: float = 4.5
+    base_drift: float = 0.02
+    fake_updates: int = 1
+
+
+@dataclass(frozen=True)
+class Reinforcement:
+    """The surrogate reward and its pull on the generator."""
+
+    tdm_weight: float = 0.3
+    rl_weight: float = 0.7
+    beta: float = 10.0
+    t_min: float = 0.3
+    t_min_reward: float = 0.3
+    rl_cfg: float = 4.5
+    lag_clip: float = 1e-3
+    drift_gate: float = 0.05
+    drift_weight: float = 0.001
+    trunc_steps: int = 4
+    reference: str = "frozen"
+    reference_decay: float = 0.95
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Seeded evaluation on EMA weights, every `every` iterations (0: only first and last)."""
+
+    every: int = 0
+    families: tuple[str, ...] = ("counting", "colours", "position", "attribution")
+    split: str = "test"
+    num_prompts: int = 256
+    seed: int = 10_000
+    steps: int = 4
+    guidance: float = 1.0
+    held_out_families: tuple[str, ...] = ()
+    prompts_file: str = ""
+    reward: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. The YAML file's keys are these fields; nested keys, those of the classes above.
+
+    `lora` makes the model a few-step one: generator and EMA start from it, the other roles from the
+    model itself. A shipped name brings its own.
+    """
+
+    model: str
+    method: str
+    iterations: int
+    output: str
+    seed: int = 0
+    reward: str = "shapes"
+    lora: str = ""
+    precision: str = "bf16"
+    zero_stage: int = 0
+    ema_decay: float = 0.9
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    sigma_shift: float = 0.0
+    prompts: Prompts = field(default_factory=Prompts)
+    data: Data = field(default_factory=Data)
+    rollout: Rollout = field(default_factory=Rollout)
+    roles: Roles = field(default_factory=Roles)
+    optimizers: Optimizers = field(default_factory=Optimizers)
+    distillation: Distillation = field(default_factory=Distillation)
+    reinforcement: Reinforcement = field(default_factory=Reinforcement)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+def load_recipe(name_or_file: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name, or a YAML file, and apply `a.b=value` overrides (YAML values).
+
+    Raises ConfigError for an unknown recipe, key or value, with the closest match.
+    """
+    path = Path(name_or_file)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name_or_file}.yaml"
+        names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        if not path.is_file():
+            hint = closest(str(name_or_file), names)
+            raise ConfigError(
+                f"no recipe named '{name_or_file}'; shipped: {', '.join(names)}.{hint}"
+            )
+    if not path.is_file():
+        raise ConfigError(f"recipe file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of keys to values")
+    for override in overrides:
+        _override(values, override)
+    return validate(_build(Recipe, values, ""))
+
+
+def save_recipe(recipe: Recipe, file: str | Path) -> None:
+    """Write the resolved recipe as YAML that `load_recipe` reads back to an equal object."""
+    plain = yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(recipe))))
+    Path(file).write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+def validate(recipe: Recipe) -> Recipe:
+    """Checks that need more than one field, or a list of allowed values. Raises ConfigError."""
+    _choice("method", recipe.method, METHODS)
+    _choice("roles.kind", recipe.roles.kind, ("full", "lora"))
+    _choice("precision", recipe.precision, ("bf16", "fp32"))
+    _choice("reinforcement.reference", recipe.reinforcement.reference, ("frozen", "ema"))
+    _choice("zero_stage", recipe.zero_stage, (0, 1, 2))
+    for name, value in (
+        ("iterations", recipe.iterations),
+        ("rollout.num_prompts", recipe.rollout.num_prompts),
+        ("rollout.steps", recipe.rollout.steps),
+        ("rollout.micro_groups", recipe.rollout.micro_groups),
+        ("data.batch_size", recipe.data.batch_size),
+        ("distillation.fake_updates", recipe.distillation.fake_updates),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1; got {value}")
+    if recipe.method == "tdm_r1" and recipe.rollout.group_size < 2:
+        raise ConfigError(f"rollout.group_size must be at least 2; got {recipe.rollout.group_size}")
+    if not 1 <= recipe.distillation.boundaries <= recipe.rollout.steps:
+        raise ConfigError(
+            f"distillation.boundaries must be from 1 to rollout.steps = {recipe.rollout.steps}; "
+            f"got {recipe.distillation.boundaries}"
+        )
+    return recipe
+
+
+def _choice(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        hint = closest(str(value), [str(a) for a in allowed])
+        raise ConfigError(
+            f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.{hint}"
+        )
+
+
+def _override(values: dict, text: str) -> None:
+    key, sep, raw = text.partition("=")
+    if not sep:
+        raise ConfigError(f"--set wants key=value; got {text!r}")
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {key}: '{parent}' is not a group of keys")
+    values[leaf] = yaml.safe_load(raw)
+
+
+def _build(cls: type, values: Any, prefix: str):
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix.rstrip('.')} must be a mapping; got {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            hint = closest(str(key), hints)
+            raise ConfigError(
+                f"unknown recipe key '{prefix}{key}'; allowed: {', '.join(hints)}.{hint}"
+            )
+    built = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()}
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in built and f.default is f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"recipe lacks the key(s) {', '.join(prefix + m for m in missing)}")
+    return cls(**built)
+
+
+def _convert(kind: Any, value: Any, name: str):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return _build(kind, value, f"{name}.")
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(typing.get_args(kind)[0], item, name) for item in items)
+    if kind is float and isinstance(value, str):
+        try:
+            value = float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{name} must be of type {kind.__name__}; got {value!r}")
+    return value
+
+
+def _plain(value: Any):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value

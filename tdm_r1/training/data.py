@@ -1,0 +1,111 @@
+"""Captioned pictures for `sft`: drawn by the embedded world, or read from an image folder.
+
+An image folder follows the Hugging Face convention: metadata.jsonl with `file_name` and `text`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tdm_r1 import shapes
+from tdm_r1.config import Data
+from tdm_r1.errors import ConfigError
+from tdm_r1.models.conditioning import Condition
+from tdm_r1.pipeline import Pipeline
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class LatentDataset:
+    """N latents with a caption each. `condition` has one row per different caption, the last is "".
+
+    latents_NChw: normalised, stored as fp16; caption_N: int64 row of `condition`.
+    """
+
+    latents_NChw: Tensor
+    caption_N: Tensor
+    condition: Condition
+
+    def batch(
+        self, num: int, dropout: float, generator: torch.Generator
+    ) -> tuple[Tensor, Condition]:
+        """Draw `num` pairs with replacement; a caption becomes "" with probability `dropout`."""
+        index = torch.randint(len(self.latents_NChw), (num,), generator=generator)
+        rows = self.caption_N[index]
+        drop = torch.rand(num, generator=generator) < dropout
+        rows = torch.where(drop, len(self.condition) - 1, rows)
+        device = self.condition.tokens_BTE.device
+        return self.latents_NChw[index].float().to(device), self.condition.rows(rows.to(device))
+
+
+def load_data(config: Data, pipeline: Pipeline, seed: int) -> LatentDataset:
+    """Render or read the pictures, encode them once, encode every different caption once.
+
+    Raises ConfigError for a folder without usable metadata.jsonl or pictures of unequal sizes.
+    """
+    if config.source == "shapes":
+        pictures, texts = _draw(config, seed)
+    else:
+        pictures, texts = _read_folder(Path(config.source), pipeline)
+    latents = []
+    for start in range(0, len(pictures), _BATCH):
+        x = torch.from_numpy(np.stack(pictures[start : start + _BATCH]))
+        x = x.permute(0, 3, 1, 2).float().div(255).to(pipeline.device)
+        with torch.no_grad():
+            latents.append(pipeline.vae.encode(x).half().cpu())
+    unique = [*dict.fromkeys(texts), ""]
+    row = {text: i for i, text in enumerate(unique)}
+    chunks = [pipeline.text.encode(unique[i : i + 128]) for i in range(0, len(unique), 128)]
+    caption_N = torch.tensor([row[text] for text in texts])
+    return LatentDataset(torch.cat(latents), caption_N, Condition.cat(chunks))
+
+
+def _draw(config: Data, seed: int) -> tuple[list[np.ndarray], list[str]]:
+    rng = np.random.default_rng(seed)
+    pools = [shapes.captions(family) for family in config.families]
+    if not pools:
+        raise ConfigError("data.families is empty")
+    texts = []
+    for i in range(config.num_pictures):
+        pool = pools[i % len(pools)]
+        texts.append(pool[int(rng.integers(len(pool)))])
+    return [shapes.render(text, rng) for text in texts], texts
+
+
+def _read_folder(folder: Path, pipeline: Pipeline) -> tuple[list[np.ndarray], list[str]]:
+    metadata = folder / "metadata.jsonl"
+    if not metadata.is_file():
+        raise ConfigError(
+            f"data.source must be 'shapes' or a folder with metadata.jsonl; no {metadata}"
+        )
+    pictures, texts = [], []
+    for number, line in enumerate(metadata.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, text = entry["file_name"], entry["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{metadata}:{number} lacks file_name or text: {error}") from error
+        try:
+            picture = np.asarray(Image.open(folder / name).convert("RGB"))
+        except OSError as error:
+            raise ConfigError(f"{metadata}:{number}: cannot read {name}: {error}") from error
+        pictures.append(picture)
+        texts.append(text)
+    sizes = {p.shape[:2] for p in pictures}
+    unit = pipeline.vae.scale_factor * pipeline.transformer.config.patch_size
+    if len(sizes) != 1 or any(side % unit for size in sizes for side in size):
+        found = sorted(sizes)[:4]
+        raise ConfigError(
+            f"{metadata}: pictures must share one size, a multiple of {unit}; found {found}"
+        )
+    return pictures, texts

@@ -1,0 +1,154 @@
+"""Generator, fake score, surrogate reward and their copies: models that share what they can.
+
+`full`: every role owns a copy of the transformer. `lora`: one frozen base, a named adapter each.
+Either way a role is a module whose forward is a velocity, and `tensors()` is what training changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from tdm_r1.config import Roles as RolesConfig
+from tdm_r1.models import lora
+from tdm_r1.models.conditioning import Condition
+from tdm_r1.models.layers import Transformer
+
+TRAINED = {
+    "sft": ("generator",),
+    "tdm": ("generator", "fake"),
+    "tdm_r1": ("generator", "fake", "surrogate"),
+}
+COPIES = {"sft": ("ema",), "tdm": ("ema",), "tdm_r1": ("ema", "lag", "reference")}
+ORIGIN = {"ema": "generator", "lag": "surrogate", "reference": "surrogate"}
+
+
+class Role(nn.Module):
+    """A view of a transformer: with one of its adapters switched on, or as it is.
+
+    Registers only its own tensors, so that an optimizer engine around it broadcasts, reduces and
+    clears these and never another role's.
+    """
+
+    def __init__(
+        self, name: str, transformer: Transformer, adapter: str | None, bf16: bool
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self._shared = (transformer,)  # a tuple hides the module from registration
+        self.adapter = adapter
+        self.bf16 = bf16
+        self.own = nn.ParameterList(self.tensors().values())
+
+    @property
+    def transformer(self) -> Transformer:
+        """The module behind this role; with LoRA, the same for all roles."""
+        return self._shared[0]
+
+    def forward(self, x_BChw: Tensor, t_B: Tensor, cond: Condition) -> Tensor:
+        """v_BChw (fp32) at t = 1000 sigma."""
+        with self.active():
+            return self.transformer.velocity(x_BChw, t_B, cond).float()
+
+    @contextmanager
+    def active(self) -> Iterator[Transformer]:
+        """The transformer as this role: adapter chosen, autocast entered."""
+        if self.adapter is not None or any(True for _ in lora.lora_modules(self.transformer)):
+            lora.set_adapter(self.transformer, self.adapter)
+        device = self.transformer.device.type
+        with torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext():
+            yield self.transformer
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """What this role owns: its adapter, or the whole transformer. Empty for a LoRA base."""
+        if self.adapter is not None:
+            return lora.adapter_parameters(self.transformer, self.adapter)
+        if any(True for _ in lora.lora_modules(self.transformer)):
+            return {}
+        return dict(self.transformer.named_parameters())
+
+    def sha256(self) -> str:
+        """Hash of `tensors()`, names and bytes."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def build_roles(
+    base: Transformer,
+    method: str,
+    config: RolesConfig,
+    *,
+    few_step: dict[str, lora.LoraTensors] | None,
+    bf16: bool,
+) -> dict[str, Role]:
+    """All roles of a method over `base` (trainable modules, nothing packed), and "base" itself.
+
+    `few_step` is the LoRA that makes the base a few-step model: the generator starts from it, the
+    fake score and the surrogate start from the base.
+    """
+    names = (*TRAINED[method], *COPIES[method])
+    build = _build_lora if config.kind == "lora" else _build_full
+    roles = build(base, names, config, few_step, bf16)
+    for name, role in roles.items():
+        for tensor in role.tensors().values():
+            tensor.requires_grad_(name in TRAINED[method])
+    return roles
+
+
+def _build_full(base, names, config, few_step, bf16) -> dict[str, Role]:
+    roles = {"base": Role("base", base.requires_grad_(False), None, bf16)}
+    for name in names:
+        transformer = copy.deepcopy(base)
+        if few_step and ORIGIN.get(name, name) == "generator":
+            lora.merge_lora(transformer, few_step)
+        roles[name] = Role(name, transformer, None, bf16)
+    base.freeze()
+    return roles
+
+
+def _build_lora(base, names, config, few_step, bf16) -> dict[str, Role]:
+    base.requires_grad_(False)
+    lora.inject(base, names, rank=config.rank, alpha=config.alpha, targets=config.targets)
+    roles = {"base": Role("base", base, None, bf16)}
+    for name in names:
+        roles[name] = Role(name, base, name, bf16)
+    if few_step:
+        _start_from(roles["generator"], few_step)
+    for name in names:
+        if name in ORIGIN:
+            follow(roles[name], roles[ORIGIN[name]], 1.0)
+    return roles
+
+
+def _start_from(role: Role, few_step: dict[str, lora.LoraTensors]) -> None:
+    """Load a LoRA of the same rank and targets into a role's adapter, its alpha folded into B."""
+    tensors = role.tensors()
+    wanted = {key.rsplit(".lora_", 1)[0] for key in tensors}
+    if set(few_step) != wanted:
+        odd = sorted(set(few_step) ^ wanted)[:3]
+        raise ValueError(f"the few-step LoRA and roles.targets cover different modules, e.g. {odd}")
+    modules = dict(lora.lora_modules(role.transformer))
+    assert role.adapter is not None
+    with torch.no_grad():
+        for name, (a, b, scale) in few_step.items():
+            tensors[f"{name}.lora_A.weight"].copy_(a)
+            tensors[f"{name}.lora_B.weight"].copy_(b * (scale / modules[name].scale(role.adapter)))
+
+
+@torch.no_grad()
+def follow(copy_: Role, origin: Role, rate: float) -> None:
+    """copy <- copy + rate (origin - copy), tensor by tensor; rate 1 copies bit for bit."""
+    source = origin.tensors()
+    for name, tensor in copy_.tensors().items():
+        if rate == 1.0:
+            tensor.copy_(source[name])
+        else:
+            tensor.lerp_(source[name], rate)

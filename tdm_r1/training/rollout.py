@@ -1,0 +1,138 @@
+"""Rollouts: prompts -> trajectories -> pictures -> rewards -> advantages, through the Engine.
+
+A `Batch` holds whole groups: its rows are [num_groups * G], a group's samples side by side. Noise
+comes from generators keyed by (seed, group id, purpose), so a group's draws do not depend on which
+rank or which batch it lands in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdm_r1 import flow, rewards
+from tdm_r1.config import Recipe
+from tdm_r1.engine import Engine
+from tdm_r1.errors import RewardError
+from tdm_r1.models.conditioning import Condition
+from tdm_r1.training import distributed
+from tdm_r1.training.evaluate import to_pil
+from tdm_r1.training.losses import advantages
+from tdm_r1.training.roles import Role
+
+
+@dataclass
+class Batch:
+    """Whole groups and their trajectories. x: K+1 latents [B, C, h, w]; advantage_B once scored."""
+
+    group_ids: tuple[int, ...]
+    prompts: tuple[str, ...]
+    group_size: int
+    cond: Condition
+    uncond: Condition
+    x: tuple[Tensor, ...]
+    advantage_B: Tensor | None = None
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups the rows hold."""
+        return len(self.group_ids)
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """A CPU generator that is a pure function of the key (integers >= 0)."""
+    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
+
+
+def roll_out(
+    engine: Engine, role: Role, groups: Sequence[tuple[int, str]], group_size: int, seed: int
+) -> Batch:
+    """Run the current generator on G noises per group, no guidance; keeps every latent."""
+    side = engine.pipeline.default_size // engine.pipeline.vae.scale_factor
+    shape = (group_size, engine.pipeline.vae.latent_channels, side, side)
+    noise = torch.cat(
+        [torch.randn(shape, generator=keyed_generator(seed, group, 0)) for group, _ in groups]
+    )
+    prompts = tuple(prompt for _, prompt in groups)
+    cond = engine.pipeline.text.encode(list(prompts)).repeat(group_size)
+    with role.active() as transformer:
+        path = engine.rollout(cond, noise.to(engine.device), transformer=transformer)
+    uncond = engine.pipeline.text.encode([""]).repeat(len(cond))
+    return Batch(tuple(group for group, _ in groups), prompts, group_size, cond, uncond, path.x)
+
+
+def renoised(
+    batch: Batch,
+    boundary: int,
+    schedule: flow.Schedule,
+    *,
+    lower: float,
+    shift: float,
+    key: Sequence[int],
+    shared: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_s [B,C,h,w], s_B, eps [B,C,h,w]) from the latents at `boundary` (0..K), s above `lower`.
+
+    shared: one s and one eps per group, so that its samples differ only by themselves.
+    """
+    x_b = batch.x[boundary]
+    num, shape = (1 if shared else batch.group_size), x_b.shape[1:]
+    levels, noises = [], []
+    for group in batch.group_ids:
+        generator = keyed_generator(*key, group)
+        levels.append(flow.sample_sigma(lower, shift, generator, (num,)))
+        noises.append(torch.randn((num, *shape), generator=generator))
+    times = batch.group_size if shared else 1
+    s_B = torch.cat(levels).repeat_interleave(times).to(x_b.device)
+    eps = torch.cat(noises).repeat_interleave(times, dim=0).to(x_b.device)
+    return flow.renoise(x_b, schedule.sigmas[boundary], s_B, eps), s_B, eps
+
+
+def score_batches(
+    engine: Engine,
+    role: Role,
+    batches: Sequence[Batch],
+    reward: rewards.WeightedSum,
+    recipe: Recipe,
+) -> dict[str, float]:
+    """Decode, score, and give every batch its advantages (statistics over ALL ranks).
+
+    A reward that fails on one rank raises RewardError on every rank, before any role changed.
+    """
+    start = time.perf_counter()
+    values: list[np.ndarray] = []
+    failure = None
+    try:
+        for batch in batches:
+            with role.active():
+                pictures = to_pil(engine.decode(batch.x[-1]))
+            prompts = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
+            values.append(rewards.score(reward, pictures, prompts))
+    except RewardError as error:
+        failure = error
+    messages = distributed.gather(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for number, message in enumerate(messages):
+        if message is not None:
+            raise RewardError(f"on rank {number}: {message}")
+    mine_PG = np.concatenate(values).reshape(-1, batches[0].group_size)
+    all_PG = torch.from_numpy(np.concatenate(distributed.gather(mine_PG)))
+    advantage_PG, flat = advantages(all_PG)
+    first = distributed.rank() * len(mine_PG)
+    for batch in batches:
+        rows = advantage_PG[first : first + batch.num_groups]
+        batch.advantage_B = rows.reshape(-1).to(engine.device)
+        first += batch.num_groups
+    return {
+        "reward": float(all_PG.mean()),
+        "reward_std": float(all_PG.std()),
+        "flat_groups": flat / len(all_PG),
+        "seconds_reward": time.perf_counter() - start,
+    }

@@ -1,0 +1,248 @@
+"""One trainer for every method: roles, engines, loop, EMA, evaluation, checkpoints, logs.
+
+A method (`sft.py`, `tdm.py`) supplies `accumulation`, how many backward passes each role makes per
+iteration, and `step(iteration)`, which makes them. Everything else is here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdm_r1.config import Optimizer, Recipe, save_recipe
+from tdm_r1.engine import Engine
+from tdm_r1.errors import LoadError
+from tdm_r1.models.loading import load_transformer, save_transformer
+from tdm_r1.models.lora import load_lora_file, save_lora
+from tdm_r1.pipeline import load_pipeline
+from tdm_r1.training import checkpoint, distributed
+from tdm_r1.training.evaluate import Evaluator
+from tdm_r1.training.progress import Progress
+from tdm_r1.training.roles import TRAINED, Role, build_roles, follow
+from tdm_r1.training.sft import Sft
+from tdm_r1.training.tdm import Tdm
+
+log = logging.getLogger(__name__)
+METHODS = {"sft": Sft, "tdm": Tdm, "tdm_r1": Tdm}
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the iteration under way was finished and a checkpoint written."""
+
+
+class Trainer:
+    """Builds a recipe's run; `run()` trains it. Rank 0 alone logs, evaluates and writes."""
+
+    def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
+        """Raises ConfigError or LoadError before anything is trained."""
+        distributed.init()
+        torch.manual_seed(recipe.seed)
+        self.recipe = recipe
+        self.output = Path(recipe.output)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.pipeline = load_pipeline(
+            recipe.model, lora=recipe.lora or None, device=device, dtype="float32"
+        )
+        base = load_transformer(self.pipeline.path, device=device, dtype=torch.float32)
+        self.pipeline.transformer = base  # the packed one has served; engines run the roles'
+        few_step = load_lora_file(self.pipeline.lora) if self.pipeline.lora else None
+        bf16 = recipe.precision == "bf16"
+        self.roles = build_roles(base, recipe.method, recipe.roles, few_step=few_step, bf16=bf16)
+        self.engine = Engine(
+            self.pipeline, steps=recipe.rollout.steps, solver=recipe.rollout.solver
+        )
+        self.iteration = 0
+        self.stop_signal: int | None = None
+        self.evaluator = Evaluator(recipe, self.pipeline)
+        self.method: Any = METHODS[recipe.method](self)
+        self.engines = {name: self._wrap(name) for name in TRAINED[recipe.method]}
+        if resume:
+            self._resume()
+
+    def _wrap(self, name: str):
+        return distributed.wrap(
+            self.roles[name],
+            list(self.roles[name].tensors().values()),
+            getattr(self.recipe.optimizers, name),
+            accumulation=self.method.accumulation[name],
+            zero_stage=self.recipe.zero_stage,
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last iteration; returns the evaluations {"before", "after"} (rank 0's).
+
+        A few-step model is evaluated before its first iteration too: it is what training must beat.
+
+        SIGINT and SIGTERM finish the iteration, write a checkpoint and raise Interrupted. An error
+        in an iteration (a reward that raises, say) writes a checkpoint of the last whole one first.
+        """
+        recipe, main = self.recipe, distributed.rank() == 0
+        if main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, self.output / "recipe.yaml")
+        progress = Progress(self.output, recipe.iterations, self.iteration, enabled=main)
+        caught = (signal.SIGTERM, signal.SIGINT)
+        handlers = [signal.signal(number, self._on_signal) for number in caught]
+        try:
+            before = {} if recipe.method == "sft" or self.iteration else self._evaluate(progress)
+            while self.iteration < recipe.iterations:
+                self._iterate(progress)
+            after = self._evaluate(progress)
+        except Exception:
+            self.save_checkpoint()
+            raise
+        finally:
+            for number, handler in zip(caught, handlers, strict=True):
+                signal.signal(number, handler)
+            progress.close()
+        self.export()
+        for name in TRAINED[recipe.method]:
+            log.info("role hash %s %s", name, self.roles[name].sha256())
+        distributed.barrier()
+        return {"before": before, "after": after}
+
+    def _iterate(self, progress: Progress) -> None:
+        recipe, start = self.recipe, time.perf_counter()
+        for name, engine in self.engines.items():
+            rate = learning_rate(
+                getattr(recipe.optimizers, name), self.iteration, recipe.iterations
+            )
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+        metrics = self.method.step(self.iteration)
+        follow(self.roles["ema"], self.roles["generator"], 1 - self._ema_decay())
+        self.iteration += 1
+        metrics["seconds"] = time.perf_counter() - start
+        progress.update(self.iteration, metrics)
+        stopped = max(distributed.gather(self.stop_signal or 0))
+        due = recipe.checkpoint_every and self.iteration % recipe.checkpoint_every == 0
+        if stopped or due:
+            self.save_checkpoint()
+        if stopped:
+            raise Interrupted(f"{signal.Signals(stopped).name} after iteration {self.iteration}")
+        every = recipe.evaluation.every
+        if every and self.iteration % every == 0 and self.iteration < recipe.iterations:
+            self._evaluate(progress)
+
+    def _ema_decay(self) -> float:
+        # A long average must not remember the start: (1 + n) / (10 + n) as in the usual warm-up.
+        return min(self.recipe.ema_decay, (1 + self.iteration) / (10 + self.iteration))
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.stop_signal = number
+        log.warning("%s: finishing this iteration, then saving", signal.Signals(number).name)
+
+    def _evaluate(self, progress: Progress) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        if distributed.rank() == 0:
+            result = self.evaluator.run(self.roles["ema"])
+            progress.evaluation(self.iteration, result)
+        distributed.barrier()
+        return result
+
+    def save_checkpoint(self) -> None:
+        """Write roles, copies, optimizers (ZeRO 0) and position of the last whole iteration."""
+        if distributed.rank() == 0:
+            tensors: dict[str, Mapping[str, torch.Tensor]] = {
+                name: role.tensors() for name, role in self.roles.items() if name != "base"
+            }
+            state: dict[str, Any] = {"iteration": self.iteration, "model": self.recipe.model}
+            state["method"] = self.method.state() if hasattr(self.method, "state") else {}
+            if self.recipe.zero_stage == 0:
+                for name, engine in self.engines.items():
+                    tensors[f"optimizer-{name}"], steps = _optimizer_tensors(engine.optimizer)
+                    state[f"optimizer-{name}"] = steps
+            path = checkpoint.checkpoint_path(self.output, self.iteration)
+            checkpoint.save_checkpoint(path, tensors, state, keep_last=self.recipe.keep_checkpoints)
+        distributed.barrier()
+
+    def _resume(self) -> None:
+        path = checkpoint.latest_checkpoint(self.output)
+        if path is None:
+            raise LoadError(f"nothing to resume: no checkpoint in {self.output}")
+        tensors, state = checkpoint.load_checkpoint(path)
+        if state["model"] != self.recipe.model:
+            raise LoadError(
+                f"{path} is of model {state['model']!r}, the recipe's is {self.recipe.model!r}"
+            )
+        for name, role in self.roles.items():
+            _load_tensors(role, tensors.get(name, {}), path) if name != "base" else None
+        for name, engine in self.engines.items():
+            if f"optimizer-{name}" in tensors:
+                _load_optimizer(
+                    engine.optimizer, tensors[f"optimizer-{name}"], state[f"optimizer-{name}"]
+                )
+        self.iteration = state["iteration"]
+        if state["method"]:
+            self.method.load_state(state["method"])
+        log.info("resumed %s at iteration %d", path, self.iteration)
+
+    def export(self) -> None:
+        """Write the EMA generator in fp16: a LoRA file, or a whole model directory."""
+        if distributed.rank() == 0:
+            ema = self.roles["ema"]
+            if ema.adapter is not None:
+                save_lora(self.output, ema.transformer, ema.adapter, dtype=torch.float16)
+            else:
+                target = self.output / "model"
+                ignore = shutil.ignore_patterns(
+                    "transformer", "*.md", "pytorch_lora_weights.safetensors"
+                )
+                shutil.copytree(self.pipeline.path, target, dirs_exist_ok=True, ignore=ignore)
+                save_transformer(ema.transformer, target / "transformer", dtype=torch.float16)
+        distributed.barrier()
+
+
+def learning_rate(config: Optimizer, iteration: int, total: int) -> float:
+    """lr * min(1, (n + 1) / warmup), then a half cosine to 0 at `total` if `decay` asks for it."""
+    rate = config.lr * min(1.0, (iteration + 1) / config.warmup) if config.warmup else config.lr
+    if config.decay == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * iteration / total))
+    return rate
+
+
+def _optimizer_tensors(optimizer) -> tuple[dict[str, torch.Tensor], list[int]]:
+    tensors, steps = {}, []
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, parameter in enumerate(parameters):
+        state = optimizer.state.get(parameter, {})
+        steps.append(int(state["step"]) if "step" in state else 0)
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in state:
+                tensors[f"{index:05d}.{key}"] = state[key]
+    return tensors, steps
+
+
+def _load_optimizer(optimizer, tensors: dict[str, torch.Tensor], steps: list[int]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(parameters) != len(steps):
+        raise LoadError(
+            f"the checkpoint's optimizer has {len(steps)} tensors, this one {len(parameters)}"
+        )
+    for index, (parameter, step) in enumerate(zip(parameters, steps, strict=True)):
+        if not step:
+            continue
+        optimizer.state[parameter] = {"step": torch.tensor(float(step))} | {
+            key: tensors[f"{index:05d}.{key}"].to(parameter.device)
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+
+
+@torch.no_grad()
+def _load_tensors(role: Role, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    own = role.tensors()
+    if set(own) != set(tensors):
+        raise LoadError(f"{path}: role {role.name} does not match this recipe's roles")
+    for name, tensor in own.items():
+        shape, wanted = list(tensors[name].shape), list(tensor.shape)
+        if shape != wanted:
+            raise LoadError(f"{path}: {role.name}.{name} is {shape}, not {wanted}")
+        tensor.copy_(tensors[name])

@@ -1,0 +1,75 @@
+"""Recipes: strict keys, overrides, and that every shipped one is whole."""
+
+import pytest
+import yaml
+
+from tdm_r1.config import RECIPES, load_recipe, save_recipe
+from tdm_r1.errors import ConfigError
+
+MINIMAL = {"model": "tiny-sd3", "method": "sft", "iterations": 1, "output": "runs/x"}
+
+
+def write(tmp_path, **values):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **values}))
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in RECIPES.glob("*.yaml")))
+def test_shipped_recipes_load_and_survive_a_round_trip(name, tmp_path):
+    recipe = load_recipe(name)
+    keys = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    assert {"model", "iterations", "output", "seed"} <= set(keys)
+    save_recipe(recipe, tmp_path / "copy.yaml")
+    assert load_recipe(tmp_path / "copy.yaml") == recipe
+
+
+def test_overrides_are_typed(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path),
+        [
+            "rollout.group_size=7",
+            "optimizers.fake.lr=1e-5",
+            "prompts.families=[two, single]",
+            "lora=a.b",
+        ],
+    )
+    assert recipe.rollout.group_size == 7
+    assert recipe.optimizers.fake.lr == 1e-5
+    assert recipe.prompts.families == ("two", "single")
+    assert recipe.lora == "a.b"
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "message"),
+    [
+        ({"itertions": 3}, [], "unknown recipe key 'itertions'.*Did you mean 'iterations'"),
+        ({"rollout": {"groupsize": 3}}, [], "'rollout.groupsize'.*Did you mean 'group_size'"),
+        ({"method": "tdmr1"}, [], "method must be one of sft, tdm, tdm_r1.*Did you mean 'tdm_r1'"),
+        ({"iterations": "many"}, [], "iterations must be of type int; got 'many'"),
+        ({"iterations": True}, [], "iterations must be of type int"),
+        ({"iterations": 0}, [], "iterations must be at least 1"),
+        ({"roles": "lora"}, [], "roles must be a mapping"),
+        ({"zero_stage": 3}, [], "zero_stage must be one of 0, 1, 2"),
+        ({}, ["iterations"], "--set wants key=value"),
+        ({}, ["model.x=1"], "'model' is not a group of keys"),
+        ({"method": "tdm_r1", "rollout": {"group_size": 1}}, [], "group_size must be at least 2"),
+        ({"distillation": {"boundaries": 9}}, [], "boundaries must be from 1 to rollout.steps = 4"),
+    ],
+)
+def test_bad_recipes_are_refused(values, overrides, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(write(tmp_path, **values), overrides)
+
+
+def test_missing_keys_files_and_names(tmp_path):
+    (tmp_path / "empty.yaml").write_text("model: tiny-sd3\n")
+    with pytest.raises(ConfigError, match="lacks the key.* method, iterations, output"):
+        load_recipe(tmp_path / "empty.yaml")
+    with pytest.raises(ConfigError, match="Did you mean 'tiny-sd3-shapes'"):
+        load_recipe("tiny-sd3-shape")
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_recipe(tmp_path / "bad.yaml")

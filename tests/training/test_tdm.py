@@ -1,0 +1,226 @@
+"""One TDM-R1 iteration against the method written out plainly, query by query."""
+
+import numpy as np
+import pytest
+import torch
+
+from tdm_r1 import flow
+from tdm_r1.errors import RewardError
+from tdm_r1.rewards import load_reward
+from tdm_r1.training import tdm as module
+from tdm_r1.training.rollout import keyed_generator, renoised, roll_out, score_batches
+from tdm_r1.training.trainer import Trainer
+from tests.training.common import recipe
+
+
+class Probe:
+    """Stands for a DeepSpeed engine: accumulates mean gradients, takes no step."""
+
+    def __init__(self, role, accumulation):
+        self.role, self.accumulation = role, accumulation
+
+    def __call__(self, *args):
+        return self.role(*args)
+
+    def backward(self, loss):
+        (loss / self.accumulation).backward()
+
+    def step(self):
+        pass
+
+
+def make(tmp_path, model, method="tdm_r1", **values):
+    trainer = Trainer(recipe(tmp_path, model, method=method, roles={"kind": "full"}, **values))
+    generator = torch.Generator().manual_seed(5)
+    for name in ("generator", "fake", "surrogate", "lag"):
+        if name in trainer.roles:  # roles that differ, so that a swapped query shows
+            for tensor in trainer.roles[name].tensors().values():
+                tensor.data.add_(0.02 * torch.randn(tensor.shape, generator=generator))
+    for name in trainer.engines:
+        trainer.engines[name] = Probe(trainer.roles[name], trainer.method.accumulation[name])
+    return trainer
+
+
+def plain_losses(trainer, batch, iteration, k, j):
+    """The plain method: every loss of `_backward`, one forward per query; returns {role: loss}."""
+    roles, schedule, recipe_ = trainer.roles, trainer.engine.schedule, trainer.recipe
+    rl, distil, shift = recipe_.reinforcement, recipe_.distillation, trainer.pipeline.shift
+    sigma = schedule.sigmas
+    rows = len(batch.cond)
+    col = (rows, 1, 1, 1)
+
+    def draw(boundary, lower, purpose, shared):
+        key = (recipe_.seed, iteration, *purpose, boundary)
+        return renoised(batch, boundary, schedule, lower=lower, shift=shift, key=key, shared=shared)
+
+    def x0(name, x, s, cond):
+        with torch.no_grad():
+            return x - s.view(col) * roles[name](x, s * 1000, cond)
+
+    def mean(x):
+        return x.flatten(1).mean(1)
+
+    x_s, s, _ = draw(k + 1, sigma[k + 1], (module.DISTIL, 0), shared=False)
+    t_k = torch.full((rows,), float(schedule.timesteps[k]))
+    x0_hat = batch.x[k] - sigma[k] * roles["generator"](batch.x[k], t_k, batch.cond)
+    v_fake = roles["fake"](x_s, s * 1000, batch.cond)
+    with torch.no_grad():
+        v_base = roles["base"](x_s, s * 1000, batch.cond)
+    target = (x_s - x0_hat.detach()) / s.view(col)
+    fake = (v_fake - target).square().mean() + 0.02 * (v_fake - v_base).square().mean()
+
+    base_c, base_u = x0("base", x_s, s, batch.cond), x0("base", x_s, s, batch.uncond)
+    kl = base_c - x0("fake", x_s, s, batch.cond)
+    cfg = distil.cfg * (base_c - base_u)
+    w = mean((x0_hat.detach() - base_u - distil.weight_cfg * (base_c - base_u)).abs())
+
+    def square(direction):
+        return mean((x0_hat.detach() + direction - x0_hat).square())
+
+    if trainer.recipe.method == "tdm":
+        return {"fake": fake, "generator": ((square(cfg) + square(kl)) / w).mean()}
+    if k < rl.trunc_steps:
+        x_r, r, _ = draw(k + 1, max(sigma[k + 1], rl.t_min), (module.PULL,), shared=True)
+        sur_c, sur_u = x0("surrogate", x_r, r, batch.cond), x0("surrogate", x_r, r, batch.uncond)
+        guided = sur_u + rl.rl_cfg * (sur_c - sur_u)
+        pull = square(guided - x0("base", x_r, r, batch.cond)) / mean(
+            (x0_hat.detach() - guided).abs()
+        )
+        generator = ((0.3 * square(cfg) + square(kl)) / w + 0.7 * pull).mean()
+    else:
+        generator = 0.3 * ((square(cfg) + square(kl)) / w).mean()
+
+    floor = max(sigma[j + 1], rl.t_min_reward)
+    x_j, q, eps = draw(j + 1, floor, (module.SURROGATE, j), shared=True)
+    v_star = flow.renoise_velocity(batch.x[j + 1], sigma[j + 1], q, eps)
+    v_sur = roles["surrogate"](x_j, q * 1000, batch.cond)
+    with torch.no_grad():
+        v_ref, v_lag = (roles[n](x_j, q * 1000, batch.cond) for n in ("base", "lag"))
+    d, d_ref, d_lag = (mean((v - v_star).square()) for v in (v_sur, v_ref, v_lag))
+    a = batch.advantage_B
+    logit = rl.beta * (a * (d - d_ref)).detach().view(batch.num_groups, -1).mean(1)
+    weight = logit.sigmoid().repeat_interleave(batch.group_size)
+    ratio = (d_lag - d).exp().detach()
+    stop = ((a > 0) & (ratio > 1 + rl.lag_clip)) | ((a < 0) & (ratio < 1 - rl.lag_clip))
+    drift = (v_sur - v_ref).square().mean()
+    if drift > rl.drift_gate:
+        stop = stop | ((a > 0) & (d < d_ref)) | ((a < 0) & (d > d_ref))
+    kept = torch.where(stop, d.detach(), d)
+    surrogate = (j + 1) / 4 * ((weight * a * kept).mean() + 0.001 * drift)
+    return {"fake": fake, "generator": generator, "surrogate": surrogate}
+
+
+def gradients(trainer):
+    return {
+        f"{name}.{key}": tensor.grad.clone()
+        for name in trainer.engines
+        for key, tensor in trainer.roles[name].tensors().items()
+        if tensor.grad is not None
+    }
+
+
+def clear(trainer):
+    for name in trainer.engines:
+        for tensor in trainer.roles[name].tensors().values():
+            tensor.grad = None
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "trunc"),
+    [("sd3", "tdm_r1", 4), ("sd3", "tdm_r1", 1), ("sd3", "tdm", 4), ("zimage", "tdm_r1", 4)],
+)
+def test_iteration_has_the_gradients_of_the_plain_method(family, method, trunc, tmp_path, request):
+    model = request.getfixturevalue(f"{family}_dir")
+    rollout = {"num_prompts": 4, "group_size": 3, "micro_groups": 2}
+    trainer = make(tmp_path, model, method, rollout=rollout, reinforcement={"trunc_steps": trunc})
+    method_ = trainer.method
+    draw = method_.sampler.draw(4)
+    batches = [
+        roll_out(trainer.engine, trainer.roles["generator"], part, 3, 0)
+        for part in (draw[:2], draw[2:])
+    ]
+    for batch in batches:
+        batch.advantage_B = torch.randn(6, generator=torch.Generator().manual_seed(1))
+    rng = np.random.default_rng((0, 11, module.STEPS))
+    chosen = rng.choice(4, 2, replace=False)
+    at = rng.choice(4, 2, p=np.arange(1, 5) / 10)
+    for batch in batches:
+        for k, j in zip(chosen, at, strict=True):
+            sum(plain_losses(trainer, batch, 11, int(k), int(j)).values()).div(4).backward()
+    expected = gradients(trainer)
+    clear(trainer)
+    method_._update(11, batches)  # last: it moves the lag copy
+    found = gradients(trainer)
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=1e-6, rtol=2e-3), name
+
+
+def test_rollout_follows_the_solver_and_replays(tmp_path, sd3_dir):
+    trainer = make(tmp_path, sd3_dir)
+    role, schedule = trainer.roles["generator"], trainer.engine.schedule
+    batch = roll_out(trainer.engine, role, [(0, "two circles"), (1, "a circle and a square")], 3, 0)
+    assert len(batch.x) == schedule.num_steps + 1
+    for k in range(schedule.num_steps):
+        t = torch.full((6,), float(schedule.timesteps[k]))
+        with torch.no_grad():
+            expected, _ = schedule.step(k, batch.x[k], role(batch.x[k], t, batch.cond))
+        assert torch.allclose(batch.x[k + 1], expected, atol=1e-4)
+
+
+def test_draws_belong_to_the_group_not_to_the_batch(tmp_path, sd3_dir):
+    trainer = make(tmp_path, sd3_dir)
+    groups = [(5, "two circles"), (6, "a circle and a square")]
+    role, schedule = trainer.roles["generator"], trainer.engine.schedule
+    both = roll_out(trainer.engine, role, groups, 3, 0)
+    alone = roll_out(trainer.engine, role, groups[1:], 3, 0)
+    assert torch.equal(both.x[0][3:], alone.x[0])
+    for shared in (True, False):
+        args = {"lower": 0.5, "shift": 3.0, "key": (1, 2), "shared": shared}
+        _, s_both, eps_both = renoised(both, 2, schedule, **args)
+        _, s_alone, eps_alone = renoised(alone, 2, schedule, **args)
+        assert torch.equal(s_both[3:], s_alone) and torch.equal(eps_both[3:], eps_alone)
+        assert (s_both >= 0.5).all()
+        assert (len(s_both[:3].unique()) == 1) == shared
+        assert torch.equal(eps_both[0], eps_both[1]) == shared
+    assert keyed_generator(1, 2).initial_seed() != keyed_generator(2, 1).initial_seed()
+
+
+def write_counting_reward(file):
+    """A reward whose n-th image, counted over all its calls, scores n squared."""
+    lines = (
+        "count = [0]",
+        "def score(images, prompts):",
+        "    n = count[0]",
+        "    count[0] += len(images)",
+        "    return [float(v * v) for v in range(n, n + len(images))]",
+    )
+    file.write_text("\n".join(lines) + "\n")
+
+
+def test_advantages_use_the_rewards_of_the_whole_iteration(tmp_path, sd3_dir):
+    file = tmp_path / "index.py"
+    write_counting_reward(file)
+    trainer = make(tmp_path, sd3_dir)
+    reward = load_reward(f"{file}:score")
+    parts = [
+        roll_out(trainer.engine, trainer.roles["generator"], [(i, "two circles")], 3, 0)
+        for i in range(2)
+    ]
+    metrics = score_batches(
+        trainer.engine, trainer.roles["generator"], parts, reward, trainer.recipe
+    )
+    r = np.arange(6.0) ** 2
+    expected = (r.reshape(2, 3) - r.reshape(2, 3).mean(1, keepdims=True)) / (r.std() + 1e-4)
+    found = torch.stack([part.advantage_B for part in parts]).numpy()
+    assert np.allclose(found, expected, atol=1e-6)
+    assert metrics["reward"] == pytest.approx(r.mean())
+    file.write_text("def score(images, prompts):\n    raise KeyError('gone')\n")
+    with pytest.raises(RewardError, match="gone"):
+        score_batches(
+            trainer.engine,
+            trainer.roles["generator"],
+            parts,
+            load_reward(f"{file}:score"),
+            trainer.recipe,
+        )

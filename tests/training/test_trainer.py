@@ -1,0 +1,285 @@
+"""Whole runs of the trainer on random tiny models, in this process and under the launcher."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tdm_r1 import Engine
+from tdm_r1.errors import RewardError
+from tdm_r1.training import checkpoint
+from tdm_r1.training.trainer import Trainer, learning_rate
+from tests.training.common import recipe, write_recipe
+
+ROOT = Path(__file__).parents[2]
+BRIGHT = """import numpy as np
+def score(images, prompts):
+    return [float(np.asarray(i).mean()) / 255 for i in images]
+"""
+
+
+def hashes(trainer):
+    return {name: role.sha256() for name, role in trainer.roles.items()}
+
+
+@pytest.fixture
+def bright(tmp_path):
+    path = tmp_path / "bright.py"
+    path.write_text(BRIGHT)
+    return f"{path}:score"
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_tdm_r1_trains_every_role_and_leaves_a_usable_model(kind, tmp_path, sd3_dir, bright):
+    trainer = Trainer(
+        recipe(tmp_path, sd3_dir, reward=bright, roles={"kind": kind, "rank": 4, "alpha": 4.0})
+    )
+    before = hashes(trainer)
+    results = trainer.run()
+    after = hashes(trainer)
+    for name in ("generator", "fake", "surrogate", "ema", "lag"):
+        assert before[name] != after[name], name
+    assert before["base"] == after["base"]
+    assert before["reference"] == after["reference"]  # frozen by default
+    assert results["after"]["num_prompts"] == 4
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    steps = [line for line in lines if "evaluation" not in line]
+    assert [line["iteration"] for line in steps] == [1, 2]
+    assert all(np.isfinite(value) for line in steps for value in line.values())
+    if kind == "lora":
+        engine = Engine.from_pretrained(sd3_dir, lora=tmp_path / "run")
+    else:
+        engine = Engine.from_pretrained(tmp_path / "run" / "model")
+    assert engine.generate("two red circles", seed=1)[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("method", ["sft", "tdm"])
+def test_the_other_methods_run_on_zimage(method, tmp_path, zimage_dir):
+    trainer = Trainer(recipe(tmp_path, zimage_dir, method=method))
+    before = hashes(trainer)
+    trainer.run()
+    after = hashes(trainer)
+    assert before["generator"] != after["generator"]
+    assert before["base"] == after["base"]
+
+
+def test_sft_learns(tmp_path, sd3_dir):
+    values = {
+        "method": "sft",
+        "iterations": 40,
+        "roles": {"kind": "full"},
+        "optimizers": {"generator": {"lr": 2e-3, "betas": [0.9, 0.99]}},
+    }
+    Trainer(recipe(tmp_path, sd3_dir, **values)).run()
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    losses = [line["sft_loss"] for line in lines if "sft_loss" in line]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_sft_reads_an_image_folder(tmp_path, sd3_dir):
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (64, 64), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    rows = [json.dumps({"file_name": f"{i}.png", "text": f"red {i}"}) for i in range(4)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    trainer = Trainer(
+        recipe(tmp_path, sd3_dir, method="sft", data={"source": str(folder), "batch_size": 4})
+    )
+    assert trainer.method.data.latents_NChw.shape == (4, 16, 8, 8)
+    assert len(trainer.method.data.condition) == 5
+    trainer.run()
+    (folder / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "x"}')
+    from tdm_r1.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="metadata.jsonl:1: cannot read 9.png"):
+        Trainer(recipe(tmp_path, sd3_dir, method="sft", data={"source": str(folder)}))
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_resumed_equals_uninterrupted_bitwise(kind, tmp_path, sd3_dir, bright):
+    def values(iterations):
+        roles = {"kind": kind, "rank": 4, "alpha": 4.0}
+        reinforcement = {"reference": "ema"}
+        return {
+            "reward": bright,
+            "iterations": iterations,
+            "roles": roles,
+            "checkpoint_every": 1,
+            "reinforcement": reinforcement,
+        }
+
+    whole = Trainer(recipe(tmp_path / "a", sd3_dir, **values(3)))
+    whole.run()
+    Trainer(recipe(tmp_path / "b", sd3_dir, **values(2))).run()
+    resumed = Trainer(recipe(tmp_path / "b", sd3_dir, **values(3)), resume=True)
+    assert resumed.iteration == 2
+    resumed.run()
+    assert hashes(resumed) == hashes(whole)
+
+
+BAD_REWARDS = {
+    "nan": ("return [float('nan')] * len(images)", "not finite|nan"),
+    "short": ("return [1.0]", "must return 3 numbers"),
+    "raises": ("raise RuntimeError('the scorer fell over')", "the scorer fell over"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD_REWARDS))
+def test_a_failing_reward_takes_no_step_and_leaves_a_checkpoint(case, tmp_path, sd3_dir):
+    body, message = BAD_REWARDS[case]
+    file = tmp_path / "bad.py"
+    file.write_text(f"def score(images, prompts):\n    {body}\n")
+    trainer = Trainer(recipe(tmp_path, sd3_dir, reward=f"{file}:score"))
+    before = hashes(trainer)
+    with pytest.raises(RewardError, match=message) as error:
+        trainer.run()
+    if case == "nan":
+        assert any(
+            prompt in str(error.value) for pool in trainer.method.sampler.pools for prompt in pool
+        )
+    assert hashes(trainer) == before
+    assert trainer.method.sampler.position == 0
+    found = checkpoint.latest_checkpoint(tmp_path / "run")
+    assert found is not None
+    assert checkpoint.load_checkpoint(found)[1]["iteration"] == 0
+
+
+def launch(arguments, ranks=1, **kwargs):
+    """`deepspeed --num_gpus N tdm_r1/train.py ...` as a user starts it."""
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+    ]
+    command += [str(29500 + os.getpid() % 1000), str(ROOT / "tdm_r1" / "train.py"), *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=env, timeout=400, cwd=ROOT, **kwargs
+    )
+
+
+def logged_hashes(text):
+    found = {}
+    for name, digest in re.findall(r"role hash (\w+) ([0-9a-f]{64})", text):
+        found.setdefault(name, []).append(digest)
+    return found
+
+
+@pytest.mark.parametrize(("zero_stage", "kind"), [(0, "lora"), (2, "full")])
+def test_two_ranks_train_the_same_roles(zero_stage, kind, tmp_path, sd3_dir, bright):
+    values = {
+        "reward": bright,
+        "zero_stage": zero_stage,
+        "roles": {"kind": kind, "rank": 4, "alpha": 4.0},
+        "rollout": {"num_prompts": 4, "group_size": 3, "micro_groups": 1},
+    }
+    path = write_recipe(tmp_path, sd3_dir, **values)
+    two = launch(["--recipe", str(path), "--set", f"output={tmp_path / 'two'}"], ranks=2)
+    assert two.returncode == 0, two.stderr[-3000:]
+    found = logged_hashes(two.stdout + two.stderr)
+    assert set(found) == {"generator", "fake", "surrogate"}
+    for name, digests in found.items():
+        assert len(digests) == 2 and len(set(digests)) == 1, (name, digests)
+    one = Trainer(recipe(tmp_path, sd3_dir, **values, output=str(tmp_path / "one")))
+    one.run()
+    rewards = [
+        [
+            json.loads(line)["reward"]
+            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+            if '"reward_std"' in line
+        ]
+        for run in ("one", "two")
+    ]
+    assert np.allclose(rewards[0], rewards[1], atol=1e-5)
+    if kind == "full":
+        pair = [
+            Engine.from_pretrained(tmp_path / run / "model").pipeline.transformer.state_dict()
+            for run in ("one", "two")
+        ]
+        # AdamW divides by sqrt(v): where a gradient is rounding noise its sign decides a whole lr.
+        close = [
+            torch.isclose(a, pair[1][name], atol=1e-4).float().mean() for name, a in pair[0].items()
+        ]
+        assert min(close) > 0.95
+
+
+def test_sigterm_finishes_the_iteration_and_leaves_a_checkpoint(tmp_path, sd3_dir, bright):
+    path = write_recipe(tmp_path, sd3_dir, reward=bright, iterations=10_000)
+    command = [sys.executable, str(ROOT / "tdm_r1" / "train.py"), "--recipe", str(path)]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as run:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.time() + 200
+        while time.time() < deadline and not (
+            metrics.exists() and "surrogate_loss" in metrics.read_text()
+        ):
+            time.sleep(0.2)
+        run.send_signal(signal.SIGTERM)
+        _, stderr = run.communicate(timeout=100)
+    assert run.returncode == 128 + signal.SIGTERM, stderr[-2000:]
+    assert "--resume goes on" in stderr
+    found = checkpoint.latest_checkpoint(tmp_path / "run")
+    assert found is not None
+    _, state = checkpoint.load_checkpoint(found)
+    done = [
+        json.loads(line)["iteration"]
+        for line in metrics.read_text().splitlines()
+        if "surrogate_loss" in line
+    ]
+    assert state["iteration"] == done[-1] >= 1
+
+
+def test_command_line_errors_are_one_line(tmp_path, sd3_dir, capsys):
+    from tdm_r1.train import main
+
+    path = write_recipe(tmp_path, sd3_dir)
+    for arguments, status, message in (
+        (["--recipe", "tiny-sd3-shape"], 2, "Did you mean 'tiny-sd3-shapes'"),
+        (["--recipe", str(path), "--set", "itertions=2"], 2, "Did you mean 'iterations'"),
+        (["--recipe", str(path), "--set", "reward=nothing"], 2, "nothing"),
+        (["--recipe", str(path), "--set", "model=no/such/dir/here"], 2, "no/such/dir/here"),
+        (
+            [
+                "--recipe",
+                str(path),
+                "--set",
+                "rollout.num_prompts=3",
+                "--set",
+                "rollout.micro_groups=2",
+            ],
+            2,
+            "multiple",
+        ),
+    ):
+        assert main(arguments) == status
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1 and message in lines[0], lines
+
+
+def test_learning_rate_warms_up_and_decays():
+    from tdm_r1.config import Optimizer
+
+    plain, config = Optimizer(lr=2.0), Optimizer(lr=2.0, warmup=4, decay="cosine")
+    assert learning_rate(plain, 7, 10) == 2.0
+    assert [learning_rate(config, n, 100) for n in (0, 1)] == pytest.approx([0.5, 1.0], rel=1e-2)
+    assert learning_rate(config, 50, 100) == pytest.approx(1.0)
+    assert learning_rate(config, 99, 100) < 0.01
