@@ -1,0 +1,48 @@
+"""The demo's pages and numbers, and (slow) the demo itself in miniature."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tdm_r1 import demo, shapes
+from tdm_r1.config import load_recipe
+from tdm_r1.pipeline import ASSETS
+
+
+def test_summary_has_what_is_promised():
+    recipe = load_recipe(demo.RECIPE)
+    end = {"reward": 0.5, "interval": [0.4, 0.6], "families": {"two": 0.5}, "num_prompts": 256}
+    metrics = [{"iteration": i, "seconds": 2.0} for i in (1, 2)]
+    summary = demo.summarize(recipe, {"before": end, "after": end}, 10.0, metrics)
+    assert {"reward_before", "reward_after", "num_prompts", "seeds", "seconds"} <= set(summary)
+    per_iteration = recipe.rollout.num_prompts * recipe.rollout.group_size
+    assert summary["images_per_second"] == pytest.approx(per_iteration / 2.0)
+    assert recipe.evaluation.num_prompts >= 256
+    held = set(recipe.evaluation.held_out_families)
+    assert held and not held & set(recipe.prompts.families)
+
+
+def test_comparison_marks_right_and_wrong():
+    rng = np.random.default_rng(0)
+    good = Image.fromarray(shapes.render("a red circle", rng))
+    bad = Image.fromarray(shapes.render("a blue square", rng))
+    page = demo.comparison(["a red circle"], [bad], [good], columns=1)
+    pixels = np.asarray(page).astype(int)
+    label = pixels[30 + 128 :]
+    left, right = label[:, :130], label[:, 140:]
+    assert (left[..., 0] - left[..., 1]).max() > 100  # red: wrong
+    assert (right[..., 1] - right[..., 0]).max() > 80  # green: right
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ASSETS / "tiny-sd3").is_dir(), reason="the shipped tiny-sd3 is not there")
+def test_demo_in_miniature(tmp_path):
+    out = tmp_path / "demo"
+    small = ["iterations=1", f"output={out}", "evaluation.num_prompts=6", "rollout.num_prompts=3"]
+    demo.run([*small, "rollout.group_size=2", "rollout.micro_groups=3"])
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["num_prompts"] == 6
+    for name in ("before_after.png", "curves.png"):
+        assert Image.open(out / name).size[0] > 300
