@@ -48,7 +48,7 @@ class Roles:
     kind: str = "lora"
     rank: int = 32
     alpha: float = 64.0
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,6 @@ class Reinforcement:
     """The surrogate reward and its pull on the generator."""
 
     tdm_weight: float = 0.3
-    rl_weight: float = 0.7
     beta: float = 10.0
     t_min: float = 0.3
     t_min_reward: float = 0.3
@@ -153,7 +152,7 @@ class Recipe:
     precision: str = "bf16"
     zero_stage: int = 0
     ema_decay: float = 0.9
-    checkpoint_every: int = 0
+    checkpoint_every: int = 50
     keep_checkpoints: int = 2
     sigma_shift: float = 0.0
     prompts: Prompts = field(default_factory=Prompts)
@@ -213,9 +212,24 @@ def validate(recipe: Recipe) -> Recipe:
         ("rollout.micro_groups", recipe.rollout.micro_groups),
         ("data.batch_size", recipe.data.batch_size),
         ("distillation.fake_updates", recipe.distillation.fake_updates),
+        ("rollout.group_size", recipe.rollout.group_size),
+        ("evaluation.num_prompts", recipe.evaluation.num_prompts),
+        ("data.num_pictures", recipe.data.num_pictures),
+        ("keep_checkpoints", recipe.keep_checkpoints),
+        ("seed", recipe.seed + 1),
     ):
         if value < 1:
-            raise ConfigError(f"{name} must be at least 1; got {value}")
+            least = "0" if name == "seed" else "1"
+            raise ConfigError(f"{name} must be at least {least}; got {value - (name == 'seed')}")
+    for name in ("t_min", "t_min_reward"):
+        level = getattr(recipe.reinforcement, name)
+        if not 0 <= level < 1:
+            raise ConfigError(f"reinforcement.{name} must be a noise level in [0, 1); got {level}")
+    for name in ("generator", "fake", "surrogate"):
+        optimizer = getattr(recipe.optimizers, name)
+        _choice(f"optimizers.{name}.decay", optimizer.decay, ("none", "cosine"))
+        if len(optimizer.betas) != 2:
+            raise ConfigError(f"optimizers.{name}.betas must be two numbers; got {optimizer.betas}")
     if recipe.method == "tdm_r1" and recipe.rollout.group_size < 2:
         raise ConfigError(f"rollout.group_size must be at least 2; got {recipe.rollout.group_size}")
     if not 1 <= recipe.distillation.boundaries <= recipe.rollout.steps:

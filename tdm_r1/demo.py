@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     recipe = load_recipe(RECIPE, ["output=runs/demo", *overrides])
     start = time.perf_counter()
+    for stale in Path(recipe.output).glob("checkpoint-*"):  # a demo always starts anew
+        shutil.rmtree(stale)
     trainer = Trainer(recipe)
     shown = trainer.evaluator.prompts[:NUM_SHOWN]
     seed = recipe.evaluation.seed
@@ -75,6 +78,7 @@ def summarize(
         "held_out_before": before.get("held_out"),
         "held_out_after": after.get("held_out"),
         "num_prompts": after["num_prompts"],
+        "num_distinct_prompts": after["num_distinct_prompts"],
         "training_reward": recipe.reward,
         "seeds": {"training": recipe.seed, "evaluation": recipe.evaluation.seed},
         "output": recipe.output,

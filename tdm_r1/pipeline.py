@@ -61,10 +61,11 @@ def load_pipeline(
 
     `name_or_dir`: "tiny-sd3" or "tiny-zimage" (shipped, with their 4-step LoRA merged),
     "tiny-sd3-base" or "tiny-zimage-base" (without it), a directory, or a Hub id. A directory's own
-    LoRA is never applied unasked: `lora` names the file to merge. `weights="base"` loads a shipped
-    name without its LoRA. `device="auto"` takes CUDA when there is one; `dtype="auto"` is bfloat16
-    there and float32 on a CPU. `t5_length` replaces the padded T5 length of SD3 (256, or the
-    tokenizer's own limit). Raises LoadError for anything that is not a supported, complete model.
+    LoRA is never applied unasked: `lora` names the file to merge, in place of a shipped one.
+    `weights="base"` loads a shipped name without its LoRA. `device="auto"` takes CUDA when there is
+    one; `dtype="auto"` is bfloat16 there and float32 on a CPU. `t5_length` replaces the padded T5
+    length of SD3 (256, or the tokenizer's own limit). Raises LoadError for anything that is not a
+    supported, complete model.
     """
     if weights not in ("default", "base"):
         raise LoadError(f"weights is {weights!r}; allowed: 'default', 'base'")
@@ -72,7 +73,8 @@ def load_pipeline(
     root, bundled = _find(name_or_dir)
     family = _family(root)
     solver, shift = _sampling(root)
-    merged = [Path(p) for p in (bundled if weights == "default" else None, lora) if p is not None]
+    # A run that starts from the bundled LoRA ends in one that holds it: `lora` replaces it.
+    merged = Path(lora) if lora is not None else bundled if weights == "default" else None
     transformer = _load_merged(root, merged, backend=backend, device=device, dtype=dtype)
     width = getattr(
         transformer.config, "joint_attention_dim" if family == "sd3" else "cap_feat_dim"
@@ -89,7 +91,7 @@ def load_pipeline(
         default_size=_default_size(transformer.config, family, vae),
         name=str(name_or_dir),
         path=root,
-        lora=merged[-1] if merged else None,
+        lora=merged,
     )
 
 
@@ -120,16 +122,15 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return found
 
 
-def _load_merged(root: Path, loras: list[Path], *, backend: str, device, dtype) -> Transformer:
-    """The transformer with `loras` folded in, rounded once."""
-    if not loras:
+def _load_merged(root: Path, lora: Path | None, *, backend: str, device, dtype) -> Transformer:
+    """The transformer with `lora` folded in, rounded once."""
+    if lora is None:
         transformer = load_transformer(root, backend=backend, device=device, dtype=dtype)
         return transformer.eval().freeze()
     transformer = load_transformer(root, backend=backend, device=device)
     # no coarser than the file nor than the result: fp16 files are common
     transformer.to(dtype=torch.promote_types(transformer.dtype, dtype))
-    for path in loras:
-        merge_lora(transformer, load_lora_file(path))
+    merge_lora(transformer, load_lora_file(lora))
     return transformer.to(dtype=dtype).eval().freeze()
 
 

@@ -94,7 +94,7 @@ def _pairs() -> list[tuple[str, str]]:
 
 @lru_cache
 def captions(family: str, split: str = "all") -> tuple[str, ...]:
-    """All captions of a family, or its `train` / `test` half (3:1, by a hash of the text).
+    """All captions of a family, or its `train` / `test` part (3:1, ordered by a hash).
 
     Raises ConfigError for an unknown family or split.
     """
@@ -127,11 +127,9 @@ def captions(family: str, split: str = "all") -> tuple[str, ...]:
         texts = [f'a sign that says "{w}"' for w in WORDS]
     if split == "all":
         return tuple(texts)
-    return tuple(t for t in texts if _is_test(t) == (split == "test"))
-
-
-def _is_test(text: str) -> bool:
-    return hashlib.sha256(text.encode()).digest()[0] % 4 == 0
+    order = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    test = set(order[: len(texts) // 4])
+    return tuple(text for text in texts if (text in test) == (split == "test"))
 
 
 _THING = re.compile(
@@ -363,7 +361,8 @@ def check(
         used += min(len(exact), thing.count)
         clauses.append(_closeness(len(exact), thing.count))
         if thing.colour:
-            clauses.append(_closeness(len(kind), thing.count))
+            alike = sum(t.count for t in spec.things if t.shape == thing.shape)
+            clauses.append(_closeness(len(kind), alike))
     clauses.append(1.0 / (1.0 + len(found) - used))
     if spec.relation:
         first, second = ([d for d in shapes if d.shape == t.shape] for t in spec.things)

@@ -33,10 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         return _train(args)
-    except TdmError as error:
+    except Exception as error:  # the boundary of the program: one line, details on request
         if args.traceback:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        kind = "" if isinstance(error, TdmError) else f"{type(error).__name__}: "
+        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 
 

@@ -13,7 +13,13 @@ from tdm_r1.pipeline import ASSETS
 
 def test_summary_has_what_is_promised():
     recipe = load_recipe(demo.RECIPE)
-    end = {"reward": 0.5, "interval": [0.4, 0.6], "families": {"two": 0.5}, "num_prompts": 256}
+    end = {
+        "reward": 0.5,
+        "interval": [0.4, 0.6],
+        "families": {"two": 0.5},
+        "num_prompts": 256,
+        "num_distinct_prompts": 41,
+    }
     metrics = [{"iteration": i, "seconds": 2.0} for i in (1, 2)]
     summary = demo.summarize(recipe, {"before": end, "after": end}, 10.0, metrics)
     assert {"reward_before", "reward_after", "num_prompts", "seeds", "seconds"} <= set(summary)

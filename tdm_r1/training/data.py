@@ -33,6 +33,7 @@ class LatentDataset:
     latents_NChw: Tensor
     caption_N: Tensor
     condition: Condition
+    device: torch.device
 
     def batch(
         self, num: int, dropout: float, generator: torch.Generator
@@ -42,8 +43,8 @@ class LatentDataset:
         rows = self.caption_N[index]
         drop = torch.rand(num, generator=generator) < dropout
         rows = torch.where(drop, len(self.condition) - 1, rows)
-        device = self.condition.tokens_BTE.device
-        return self.latents_NChw[index].float().to(device), self.condition.rows(rows.to(device))
+        x0 = self.latents_NChw[index].float().to(self.device)
+        return x0, self.condition.rows(rows).to(device=self.device)
 
 
 def load_data(config: Data, pipeline: Pipeline, seed: int) -> LatentDataset:
@@ -65,7 +66,8 @@ def load_data(config: Data, pipeline: Pipeline, seed: int) -> LatentDataset:
     row = {text: i for i, text in enumerate(unique)}
     chunks = [pipeline.text.encode(unique[i : i + 128]) for i in range(0, len(unique), 128)]
     caption_N = torch.tensor([row[text] for text in texts])
-    return LatentDataset(torch.cat(latents), caption_N, Condition.cat(chunks))
+    condition = Condition.cat(chunks).to(device="cpu")
+    return LatentDataset(torch.cat(latents), caption_N, condition, pipeline.device)
 
 
 def _draw(config: Data, seed: int) -> tuple[list[np.ndarray], list[str]]:

@@ -60,9 +60,10 @@ class Evaluator:
         values = rewards.score(self.reward, self.pictures(role, prompts, seed), prompts)
         return {
             "reward": float(values.mean()),
-            "interval": bootstrap_interval(values, seed),
+            "interval": bootstrap_interval(values, prompts, seed),
             "families": by_family(values, prompts),
             "num_prompts": len(prompts),
+            "num_distinct_prompts": len(set(prompts)),
         }
 
     def pictures(self, role: Role, prompts: Sequence[str], seed: int) -> list[Image.Image]:
@@ -88,10 +89,17 @@ def to_pil(images_B3HW: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels.contiguous().cpu().numpy()]
 
 
-def bootstrap_interval(values: np.ndarray, seed: int, draws: int = 2000) -> list[float]:
-    """95 % percentile interval of the mean over `draws` resamplings."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(axis=1)
+def bootstrap_interval(
+    values: np.ndarray, prompts: Sequence[str], seed: int, draws: int = 2000
+) -> list[float]:
+    """95 % percentile interval of the mean when the DIFFERENT prompts are drawn again.
+
+    Pictures of one prompt fail together, so a prompt is resampled with all of them.
+    """
+    _, group = np.unique(np.asarray(prompts), return_inverse=True)
+    sums, counts = np.bincount(group, values), np.bincount(group)
+    pick = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
+    means = sums[pick].sum(axis=1) / counts[pick].sum(axis=1)
     return [float(v) for v in np.quantile(means, (0.025, 0.975))]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-_SHOWN = ("reward", "strict", "sft_loss", "fake_loss", "surrogate_margin")
+_SHOWN = ("reward", "sft_loss", "fake_loss", "surrogate_margin")
 
 
 class Progress:
@@ -33,7 +34,8 @@ class Progress:
             low, high = result["interval"]
             families = " ".join(f"{name} {value:.2f}" for name, value in result["families"].items())
             tqdm.write(
-                f"[{iteration}] reward {result['reward']:.3f} [{low:.3f}, {high:.3f}]  {families}"
+                f"[{iteration}] reward {result['reward']:.3f} [{low:.3f}, {high:.3f}]  {families}",
+                file=sys.stderr,
             )
 
     def close(self) -> None:

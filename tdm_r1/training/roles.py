@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tdm_r1.config import Roles as RolesConfig
+from tdm_r1.errors import ConfigError
 from tdm_r1.models import lora
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.layers import Transformer
@@ -24,7 +25,7 @@ TRAINED = {
     "tdm": ("generator", "fake"),
     "tdm_r1": ("generator", "fake", "surrogate"),
 }
-COPIES = {"sft": ("ema",), "tdm": ("ema",), "tdm_r1": ("ema", "lag", "reference")}
+COPIES = {"sft": ("ema",), "tdm": ("ema",), "tdm_r1": ("ema", "lag")}
 ORIGIN = {"ema": "generator", "lag": "surrogate", "reference": "surrogate"}
 
 
@@ -88,13 +89,14 @@ def build_roles(
     *,
     few_step: dict[str, lora.LoraTensors] | None,
     bf16: bool,
+    ema_reference: bool = False,
 ) -> dict[str, Role]:
     """All roles of a method over `base` (trainable modules, nothing packed), and "base" itself.
 
     `few_step` is the LoRA that makes the base a few-step model: the generator starts from it, the
     fake score and the surrogate start from the base.
     """
-    names = (*TRAINED[method], *COPIES[method])
+    names = (*TRAINED[method], *COPIES[method], *(("reference",) if ema_reference else ()))
     build = _build_lora if config.kind == "lora" else _build_full
     roles = build(base, names, config, few_step, bf16)
     for name, role in roles.items():
@@ -116,7 +118,13 @@ def _build_full(base, names, config, few_step, bf16) -> dict[str, Role]:
 
 def _build_lora(base, names, config, few_step, bf16) -> dict[str, Role]:
     base.requires_grad_(False)
-    lora.inject(base, names, rank=config.rank, alpha=config.alpha, targets=config.targets)
+    lora.inject(
+        base,
+        names,
+        rank=config.rank,
+        alpha=config.alpha,
+        targets=config.targets or lora.TARGETS[base.family],
+    )
     roles = {"base": Role("base", base, None, bf16)}
     for name in names:
         roles[name] = Role(name, base, name, bf16)
@@ -134,11 +142,18 @@ def _start_from(role: Role, few_step: dict[str, lora.LoraTensors]) -> None:
     wanted = {key.rsplit(".lora_", 1)[0] for key in tensors}
     if set(few_step) != wanted:
         odd = sorted(set(few_step) ^ wanted)[:3]
-        raise ValueError(f"the few-step LoRA and roles.targets cover different modules, e.g. {odd}")
+        raise ConfigError(
+            f"the few-step LoRA and roles.targets cover different modules, e.g. {odd}"
+        )
     modules = dict(lora.lora_modules(role.transformer))
     assert role.adapter is not None
     with torch.no_grad():
         for name, (a, b, scale) in few_step.items():
+            if a.shape[0] != modules[name].ranks[role.adapter]:
+                raise ConfigError(
+                    f"roles.rank is {modules[name].ranks[role.adapter]}, "
+                    f"the few-step LoRA has rank {a.shape[0]}"
+                )
             tensors[f"{name}.lora_A.weight"].copy_(a)
             tensors[f"{name}.lora_B.weight"].copy_(b * (scale / modules[name].scale(role.adapter)))
 

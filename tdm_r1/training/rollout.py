@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from tdm_r1 import flow, rewards
-from tdm_r1.config import Recipe
 from tdm_r1.engine import Engine
-from tdm_r1.errors import RewardError
+from tdm_r1.errors import RewardError, TdmError
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.training import distributed
 from tdm_r1.training.evaluate import to_pil
@@ -94,12 +93,16 @@ def renoised(
     return flow.renoise(x_b, schedule.sigmas[boundary], s_B, eps), s_B, eps
 
 
+def describe(error: Exception) -> str:
+    """An error in one line: its own text for the package's errors, the class too for others."""
+    return str(error) if isinstance(error, TdmError) else f"{type(error).__name__}: {error}"
+
+
 def score_batches(
     engine: Engine,
     role: Role,
     batches: Sequence[Batch],
     reward: rewards.WeightedSum,
-    recipe: Recipe,
 ) -> dict[str, float]:
     """Decode, score, and give every batch its advantages (statistics over ALL ranks).
 
@@ -107,16 +110,16 @@ def score_batches(
     """
     start = time.perf_counter()
     values: list[np.ndarray] = []
-    failure = None
+    failure: Exception | None = None
     try:
         for batch in batches:
             with role.active():
                 pictures = to_pil(engine.decode(batch.x[-1]))
             prompts = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
             values.append(rewards.score(reward, pictures, prompts))
-    except RewardError as error:
+    except Exception as error:  # every rank must hear of it before the next collective
         failure = error
-    messages = distributed.gather(None if failure is None else str(failure))
+    messages = distributed.gather(None if failure is None else describe(failure))
     if failure is not None:
         raise failure
     for number, message in enumerate(messages):

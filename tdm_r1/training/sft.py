@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tdm_r1 import flow
+from tdm_r1.errors import ConfigError
 from tdm_r1.training import distributed
 from tdm_r1.training.data import load_data
 from tdm_r1.training.losses import flow_matching_loss
@@ -28,7 +29,7 @@ class Sft:
         recipe = trainer.recipe
         size = recipe.data.batch_size
         if size % distributed.world_size():
-            raise ValueError(f"data.batch_size = {size} does not divide over the ranks")
+            raise ConfigError(f"data.batch_size = {size} does not divide over the ranks")
         self.data = load_data(recipe.data, trainer.pipeline, recipe.seed)
         self.shift = recipe.sigma_shift or trainer.pipeline.shift
 

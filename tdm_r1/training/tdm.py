@@ -37,6 +37,12 @@ class Tdm:
         recipe = self.recipe = trainer.recipe
         self.trainer, self.engine = trainer, trainer.engine
         self.schedule = trainer.engine.schedule
+        if self.schedule.solver != "euler":
+            # The fake score's target is the first-order x0 prediction of the transition.
+            raise ConfigError(
+                f"rollout.solver must be euler for method {recipe.method}; "
+                f"'{recipe.rollout.solver}' means {self.schedule.solver} for this model"
+            )
         self.shift = recipe.sigma_shift or trainer.pipeline.shift
         self.reinforced = recipe.method == "tdm_r1"
         self.reward = rewards.load_reward(recipe.reward) if self.reinforced else None
@@ -69,30 +75,36 @@ class Tdm:
         """
         start, position = time.perf_counter(), self.sampler.position
         draw = self.sampler.draw(self.recipe.rollout.num_prompts)
-        mine = draw[distributed.rank() * self.share :][: self.share]
-        size = self.recipe.rollout.micro_groups
-        roles = self.trainer.roles
-        batches = [
-            roll_out(
-                self.engine,
-                roles["generator"],
-                mine[i : i + size],
-                self.recipe.rollout.group_size,
-                self.recipe.seed,
-            )
-            for i in range(0, len(mine), size)
-        ]
-        metrics: dict[str, float] = {"seconds_rollout": time.perf_counter() - start}
-        if self.reward is not None:
-            try:
+        try:
+            batches = self._roll_out(draw[distributed.rank() * self.share :][: self.share])
+            metrics = {"seconds_rollout": time.perf_counter() - start}
+            if self.reward is not None:
                 metrics |= score_batches(
-                    self.engine, roles["generator"], batches, self.reward, self.recipe
+                    self.engine,
+                    self.trainer.roles["generator"],
+                    batches,
+                    self.reward,
                 )
-            except Exception:
-                self.sampler.position = position
-                raise
-        metrics |= self._update(iteration, batches)
-        return metrics
+            self._stop_here(position)
+        except Exception:
+            self.sampler.position = position
+            raise
+        return metrics | self._update(iteration, batches)
+
+    def _roll_out(self, groups: list[tuple[int, str]]) -> list[Batch]:
+        rollout, role = self.recipe.rollout, self.trainer.roles["generator"]
+        parts = [
+            groups[i : i + rollout.micro_groups]
+            for i in range(0, len(groups), rollout.micro_groups)
+        ]
+        seed = self.recipe.seed
+        return [roll_out(self.engine, role, part, rollout.group_size, seed) for part in parts]
+
+    def _stop_here(self, position: int) -> None:
+        """No role has changed yet: a stop now drops the step, and its prompts come again."""
+        after, self.sampler.position = self.sampler.position, position
+        self.trainer.stop_if_asked()
+        self.sampler.position = after
 
     def _update(self, iteration: int, batches: list[Batch]) -> dict[str, float]:
         rng = np.random.default_rng((self.recipe.seed, iteration, STEPS))
@@ -104,16 +116,16 @@ class Tdm:
             for batch in batches:
                 for k in chosen:
                     self._fake_only(batch, k, (self.recipe.seed, iteration, DISTIL, extra))
-        sums: dict[str, list[float]] = {}
+        sums: dict[str, list[Tensor]] = {}
         for batch in batches:
-            for k, j in zip(chosen, surrogate_at, strict=True):
-                for name, value in self._backward(iteration, batch, k, j).items():
-                    sums.setdefault(name, []).append(float(value))
+            for slot, (k, j) in enumerate(zip(chosen, surrogate_at, strict=True)):
+                for name, value in self._backward(iteration, batch, k, j, slot).items():
+                    sums.setdefault(name, []).append(value)
         if self.reinforced:
             self._follow_surrogate(iteration)
-        return {name: float(np.mean(values)) for name, values in sums.items()}
+        return {name: float(torch.stack(values).mean()) for name, values in sums.items()}
 
-    def _backward(self, iteration: int, batch: Batch, k: int, j: int) -> Metrics:
+    def _backward(self, iteration: int, batch: Batch, k: int, j: int, slot: int) -> Metrics:
         """All losses of boundary k (surrogate: j), each through its role's engine."""
         distil, engines = self.recipe.distillation, self.trainer.engines
         key = (self.recipe.seed, iteration)
@@ -127,7 +139,7 @@ class Tdm:
             queries.append((x_r, r_B, batch.cond))
         if self.reinforced:
             floor = max(self.schedule.sigmas[j + 1], self.recipe.reinforcement.t_min_reward)
-            sur = (*self._renoised(batch, j + 1, floor, (*key, SURROGATE, j), shared=True), j)
+            sur = (*self._renoised(batch, j + 1, floor, (*key, SURROGATE, slot), shared=True), j)
             queries.append((sur[0], sur[1], batch.cond))
         v_base_c, v_base_u, *v_base = self._ask("base", queries)
 

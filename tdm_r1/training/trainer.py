@@ -19,7 +19,7 @@ import torch
 
 from tdm_r1.config import Optimizer, Recipe, save_recipe
 from tdm_r1.engine import Engine
-from tdm_r1.errors import LoadError
+from tdm_r1.errors import ConfigError, LoadError, RewardError, TdmError
 from tdm_r1.models.loading import load_transformer, save_transformer
 from tdm_r1.models.lora import load_lora_file, save_lora
 from tdm_r1.pipeline import load_pipeline
@@ -27,6 +27,7 @@ from tdm_r1.training import checkpoint, distributed
 from tdm_r1.training.evaluate import Evaluator
 from tdm_r1.training.progress import Progress
 from tdm_r1.training.roles import TRAINED, Role, build_roles, follow
+from tdm_r1.training.rollout import describe
 from tdm_r1.training.sft import Sft
 from tdm_r1.training.tdm import Tdm
 
@@ -55,7 +56,14 @@ class Trainer:
         self.pipeline.transformer = base  # the packed one has served; engines run the roles'
         few_step = load_lora_file(self.pipeline.lora) if self.pipeline.lora else None
         bf16 = recipe.precision == "bf16"
-        self.roles = build_roles(base, recipe.method, recipe.roles, few_step=few_step, bf16=bf16)
+        self.roles = build_roles(
+            base,
+            recipe.method,
+            recipe.roles,
+            few_step=few_step,
+            bf16=bf16,
+            ema_reference=recipe.reinforcement.reference == "ema",
+        )
         self.engine = Engine(
             self.pipeline, steps=recipe.rollout.steps, solver=recipe.rollout.solver
         )
@@ -64,8 +72,14 @@ class Trainer:
         self.evaluator = Evaluator(recipe, self.pipeline)
         self.method: Any = METHODS[recipe.method](self)
         self.engines = {name: self._wrap(name) for name in TRAINED[recipe.method]}
+        found = checkpoint.latest_checkpoint(self.output)
         if resume:
-            self._resume()
+            self._resume(found)
+        elif found is not None:
+            raise ConfigError(
+                f"output {self.output} holds {found.name} of an earlier run: "
+                "pass --resume to go on from it, or choose another output"
+            )
 
     def _wrap(self, name: str):
         return distributed.wrap(
@@ -81,8 +95,9 @@ class Trainer:
 
         A few-step model is evaluated before its first iteration too: it is what training must beat.
 
-        SIGINT and SIGTERM finish the iteration, write a checkpoint and raise Interrupted. An error
-        in an iteration (a reward that raises, say) writes a checkpoint of the last whole one first.
+        SIGINT and SIGTERM drop the step if no role has changed yet, else finish it; then a
+        checkpoint is written and Interrupted raised. A failing reward leaves a checkpoint of the
+        last whole iteration; any other error may have struck halfway and writes none.
         """
         recipe, main = self.recipe, distributed.rank() == 0
         if main:
@@ -93,10 +108,11 @@ class Trainer:
         handlers = [signal.signal(number, self._on_signal) for number in caught]
         try:
             before = {} if recipe.method == "sft" or self.iteration else self._evaluate(progress)
+            self.stop_if_asked()
             while self.iteration < recipe.iterations:
                 self._iterate(progress)
             after = self._evaluate(progress)
-        except Exception:
+        except RewardError:  # raised on every rank, before any role changed
             self.save_checkpoint()
             raise
         finally:
@@ -122,15 +138,20 @@ class Trainer:
         self.iteration += 1
         metrics["seconds"] = time.perf_counter() - start
         progress.update(self.iteration, metrics)
-        stopped = max(distributed.gather(self.stop_signal or 0))
-        due = recipe.checkpoint_every and self.iteration % recipe.checkpoint_every == 0
-        if stopped or due:
+        self.stop_if_asked()
+        if recipe.checkpoint_every and self.iteration % recipe.checkpoint_every == 0:
             self.save_checkpoint()
-        if stopped:
-            raise Interrupted(f"{signal.Signals(stopped).name} after iteration {self.iteration}")
         every = recipe.evaluation.every
         if every and self.iteration % every == 0 and self.iteration < recipe.iterations:
             self._evaluate(progress)
+
+    def stop_if_asked(self) -> None:
+        """Where every rank may stop: if any got a signal, save and raise Interrupted on all."""
+        stopped = max(distributed.gather(self.stop_signal or 0))
+        if stopped:
+            self.stop_signal = stopped
+            self.save_checkpoint()
+            raise Interrupted(f"{signal.Signals(stopped).name} after iteration {self.iteration}")
 
     def _ema_decay(self) -> float:
         # A long average must not remember the start: (1 + n) / (10 + n) as in the usual warm-up.
@@ -138,14 +159,22 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.stop_signal = number
-        log.warning("%s: finishing this iteration, then saving", signal.Signals(number).name)
+        log.warning("%s: stopping at the next safe point, then saving", signal.Signals(number).name)
 
     def _evaluate(self, progress: Progress) -> dict[str, Any]:
         result: dict[str, Any] = {}
+        failure: Exception | None = None
         if distributed.rank() == 0:
-            result = self.evaluator.run(self.roles["ema"])
-            progress.evaluation(self.iteration, result)
-        distributed.barrier()
+            try:
+                result = self.evaluator.run(self.roles["ema"])
+                progress.evaluation(self.iteration, result)
+            except Exception as error:  # the other ranks wait below
+                failure = error
+        message = distributed.gather(None if failure is None else describe(failure))[0]
+        if failure is not None:
+            raise failure
+        if message is not None:
+            raise TdmError(f"evaluation failed on rank 0: {message}")
         return result
 
     def save_checkpoint(self) -> None:
@@ -154,7 +183,7 @@ class Trainer:
             tensors: dict[str, Mapping[str, torch.Tensor]] = {
                 name: role.tensors() for name, role in self.roles.items() if name != "base"
             }
-            state: dict[str, Any] = {"iteration": self.iteration, "model": self.recipe.model}
+            state: dict[str, Any] = {"iteration": self.iteration, **self._identity()}
             state["method"] = self.method.state() if hasattr(self.method, "state") else {}
             if self.recipe.zero_stage == 0:
                 for name, engine in self.engines.items():
@@ -164,15 +193,22 @@ class Trainer:
             checkpoint.save_checkpoint(path, tensors, state, keep_last=self.recipe.keep_checkpoints)
         distributed.barrier()
 
-    def _resume(self) -> None:
-        path = checkpoint.latest_checkpoint(self.output)
+    def _identity(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return {"model": recipe.model, "training": recipe.method, "seed": recipe.seed}
+
+    def _resume(self, path: Path | None) -> None:
         if path is None:
             raise LoadError(f"nothing to resume: no checkpoint in {self.output}")
-        tensors, state = checkpoint.load_checkpoint(path)
-        if state["model"] != self.recipe.model:
-            raise LoadError(
-                f"{path} is of model {state['model']!r}, the recipe's is {self.recipe.model!r}"
+        if self.recipe.zero_stage:
+            raise ConfigError(
+                f"--resume needs zero_stage 0; got {self.recipe.zero_stage}: "
+                "partitioned optimizers are not in the checkpoint"
             )
+        tensors, state = checkpoint.load_checkpoint(path)
+        for key, value in self._identity().items():
+            if state[key] != value:
+                raise LoadError(f"{path} was written with {key} {state[key]!r}, this is {value!r}")
         for name, role in self.roles.items():
             _load_tensors(role, tensors.get(name, {}), path) if name != "base" else None
         for name, engine in self.engines.items():
@@ -194,7 +230,7 @@ class Trainer:
             else:
                 target = self.output / "model"
                 ignore = shutil.ignore_patterns(
-                    "transformer", "*.md", "pytorch_lora_weights.safetensors"
+                    "transformer", "*.md", "card.json", "pytorch_lora_weights.safetensors"
                 )
                 shutil.copytree(self.pipeline.path, target, dirs_exist_ok=True, ignore=ignore)
                 save_transformer(ema.transformer, target / "transformer", dtype=torch.float16)

@@ -41,7 +41,7 @@ def make(tmp_path, model, method="tdm_r1", **values):
     return trainer
 
 
-def plain_losses(trainer, batch, iteration, k, j):
+def plain_losses(trainer, batch, iteration, k, j, slot):
     """The plain method: every loss of `_backward`, one forward per query; returns {role: loss}."""
     roles, schedule, recipe_ = trainer.roles, trainer.engine.schedule, trainer.recipe
     rl, distil, shift = recipe_.reinforcement, recipe_.distillation, trainer.pipeline.shift
@@ -91,7 +91,7 @@ def plain_losses(trainer, batch, iteration, k, j):
         generator = 0.3 * ((square(cfg) + square(kl)) / w).mean()
 
     floor = max(sigma[j + 1], rl.t_min_reward)
-    x_j, q, eps = draw(j + 1, floor, (module.SURROGATE, j), shared=True)
+    x_j, q, eps = draw(j + 1, floor, (module.SURROGATE, slot), shared=True)
     v_star = flow.renoise_velocity(batch.x[j + 1], sigma[j + 1], q, eps)
     v_sur = roles["surrogate"](x_j, q * 1000, batch.cond)
     with torch.no_grad():
@@ -145,8 +145,9 @@ def test_iteration_has_the_gradients_of_the_plain_method(family, method, trunc, 
     chosen = rng.choice(4, 2, replace=False)
     at = rng.choice(4, 2, p=np.arange(1, 5) / 10)
     for batch in batches:
-        for k, j in zip(chosen, at, strict=True):
-            sum(plain_losses(trainer, batch, 11, int(k), int(j)).values()).div(4).backward()
+        for slot, (k, j) in enumerate(zip(chosen, at, strict=True)):
+            losses = plain_losses(trainer, batch, 11, int(k), int(j), slot)
+            sum(losses.values()).div(4).backward()
     expected = gradients(trainer)
     clear(trainer)
     method_._update(11, batches)  # last: it moves the lag copy
@@ -207,9 +208,7 @@ def test_advantages_use_the_rewards_of_the_whole_iteration(tmp_path, sd3_dir):
         roll_out(trainer.engine, trainer.roles["generator"], [(i, "two circles")], 3, 0)
         for i in range(2)
     ]
-    metrics = score_batches(
-        trainer.engine, trainer.roles["generator"], parts, reward, trainer.recipe
-    )
+    metrics = score_batches(trainer.engine, trainer.roles["generator"], parts, reward)
     r = np.arange(6.0) ** 2
     expected = (r.reshape(2, 3) - r.reshape(2, 3).mean(1, keepdims=True)) / (r.std() + 1e-4)
     found = torch.stack([part.advantage_B for part in parts]).numpy()
@@ -222,5 +221,4 @@ def test_advantages_use_the_rewards_of_the_whole_iteration(tmp_path, sd3_dir):
             trainer.roles["generator"],
             parts,
             load_reward(f"{file}:score"),
-            trainer.recipe,
         )

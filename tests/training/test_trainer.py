@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tdm_r1 import Engine
-from tdm_r1.errors import RewardError
+from tdm_r1.errors import ConfigError, LoadError, RewardError
 from tdm_r1.training import checkpoint
-from tdm_r1.training.trainer import Trainer, learning_rate
+from tdm_r1.training.trainer import Interrupted, Trainer, learning_rate
 from tests.training.common import recipe, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def test_tdm_r1_trains_every_role_and_leaves_a_usable_model(kind, tmp_path, sd3_
     for name in ("generator", "fake", "surrogate", "ema", "lag"):
         assert before[name] != after[name], name
     assert before["base"] == after["base"]
-    assert before["reference"] == after["reference"]  # frozen by default
+    assert "reference" not in trainer.roles  # frozen by default: the base itself
     assert results["after"]["num_prompts"] == 4
     lines = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -104,7 +104,6 @@ def test_sft_reads_an_image_folder(tmp_path, sd3_dir):
     assert len(trainer.method.data.condition) == 5
     trainer.run()
     (folder / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "x"}')
-    from tdm_r1.errors import ConfigError
 
     with pytest.raises(ConfigError, match="metadata.jsonl:1: cannot read 9.png"):
         Trainer(recipe(tmp_path, sd3_dir, method="sft", data={"source": str(folder)}))
@@ -159,6 +158,13 @@ def test_a_failing_reward_takes_no_step_and_leaves_a_checkpoint(case, tmp_path, 
     assert checkpoint.load_checkpoint(found)[1]["iteration"] == 0
 
 
+def clean_environment():
+    """Without the process group that trainers of this process have joined."""
+    joined = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in joined}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
 def launch(arguments, ranks=1, **kwargs):
     """`deepspeed --num_gpus N tdm_r1/train.py ...` as a user starts it."""
     command = [
@@ -170,7 +176,7 @@ def launch(arguments, ranks=1, **kwargs):
         "--master_port",
     ]
     command += [str(29500 + os.getpid() % 1000), str(ROOT / "tdm_r1" / "train.py"), *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = clean_environment()
     return subprocess.run(
         command, capture_output=True, text=True, env=env, timeout=400, cwd=ROOT, **kwargs
     )
@@ -225,12 +231,14 @@ def test_sigterm_finishes_the_iteration_and_leaves_a_checkpoint(tmp_path, sd3_di
     path = write_recipe(tmp_path, sd3_dir, reward=bright, iterations=10_000)
     command = [sys.executable, str(ROOT / "tdm_r1" / "train.py"), "--recipe", str(path)]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, stderr=subprocess.PIPE, text=True, env=clean_environment()
     ) as run:
         metrics = tmp_path / "run" / "metrics.jsonl"
         deadline = time.time() + 200
-        while time.time() < deadline and not (
-            metrics.exists() and "surrogate_loss" in metrics.read_text()
+        while (
+            time.time() < deadline
+            and run.poll() is None
+            and not (metrics.exists() and "surrogate_loss" in metrics.read_text())
         ):
             time.sleep(0.2)
         run.send_signal(signal.SIGTERM)
@@ -283,3 +291,32 @@ def test_learning_rate_warms_up_and_decays():
     assert [learning_rate(config, n, 100) for n in (0, 1)] == pytest.approx([0.5, 1.0], rel=1e-2)
     assert learning_rate(config, 50, 100) == pytest.approx(1.0)
     assert learning_rate(config, 99, 100) < 0.01
+
+
+def test_a_used_output_is_not_overwritten(tmp_path, sd3_dir, bright):
+    Trainer(recipe(tmp_path, sd3_dir, reward=bright, iterations=1, checkpoint_every=1)).run()
+    with pytest.raises(ConfigError, match="pass --resume"):
+        Trainer(recipe(tmp_path, sd3_dir, reward=bright))
+    with pytest.raises(LoadError, match="written with seed 0, this is 1"):
+        Trainer(recipe(tmp_path, sd3_dir, reward=bright, seed=1), resume=True)
+    with pytest.raises(ConfigError, match="zero_stage 0"):
+        Trainer(recipe(tmp_path, sd3_dir, reward=bright, zero_stage=1), resume=True)
+    with pytest.raises(LoadError, match="nothing to resume"):
+        Trainer(recipe(tmp_path / "new", sd3_dir, reward=bright), resume=True)
+
+
+def test_a_stop_before_any_role_changed_drops_the_step(tmp_path, sd3_dir):
+    file = tmp_path / "stop.py"
+    file.write_text(
+        "import os, signal\n"
+        "def score(images, prompts):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return list(range(len(images)))\n"
+    )
+    trainer = Trainer(recipe(tmp_path, sd3_dir, reward=f"{file}:score"))
+    before = hashes(trainer)
+    with pytest.raises(Interrupted, match="SIGTERM after iteration 0"):
+        trainer.run()
+    assert hashes(trainer) == before
+    state = checkpoint.load_checkpoint(checkpoint.latest_checkpoint(tmp_path / "run"))[1]
+    assert (state["iteration"], state["method"]["position"]) == (0, 0)
