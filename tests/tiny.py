@@ -7,19 +7,14 @@ no zero gates, no unset pad tokens. Images are 64 x 64, latents 16 x 8 x 8.
 
 from __future__ import annotations
 
-import string
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from tdm_r1.assets import vocabulary
+
 WORDS = ("red", "green", "blue", "circle", "square", "two", "photo", "cat")
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
-    "{% endif %}{% endif %}"
-)
 
 
 def randomise(module: nn.Module, seed: int) -> nn.Module:
@@ -36,44 +31,18 @@ def randomise(module: nn.Module, seed: int) -> nn.Module:
 
 
 def clip_tokenizer(max_length: int = 16):
-    """Character-level byte BPE with CLIP's special tokens, and a few whole words."""
-    from transformers import CLIPTokenizer
-
-    characters = list(string.ascii_lowercase + string.digits + string.punctuation)
-    vocab = ["<|startoftext|>", *characters, *(c + "</w>" for c in characters)]
-    vocab, merges = _merge_words(vocab, WORDS, "</w>")
-    vocab.append("<|endoftext|>")  # the highest id, where CLIP looks for the pooled row
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocab)},
-        merges=merges,
-        model_max_length=max_length,
-    )
+    """The shipped models' CLIP tokenizer over a smaller vocabulary."""
+    return vocabulary.clip_tokenizer(max_length, WORDS)
 
 
 def t5_tokenizer(max_length: int = 24):
-    """Unigram pieces: single characters, and a few whole words."""
-    from transformers import T5Tokenizer
-
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *("▁" + w for w in WORDS), *string.printable[:94]]
-    scores = [(piece, 0.0 if i < 3 else -1.0 - 0.01 * i) for i, piece in enumerate(pieces)]
-    return T5Tokenizer(vocab=scores, extra_ids=0, model_max_length=max_length)
+    """The shipped models' T5 tokenizer over a smaller vocabulary."""
+    return vocabulary.t5_tokenizer(max_length, WORDS)
 
 
 def qwen_tokenizer():
-    """Byte-level BPE over printable characters with Qwen's chat markers and a chat template."""
-    from transformers import Qwen2Tokenizer
-
-    characters = list(string.printable[:94]) + ["Ġ", "Ċ"]
-    vocab, merges = _merge_words(characters, WORDS, "")
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate([*vocab, *specials])},
-        merges=merges,
-        model_max_length=512,
-        additional_special_tokens=specials[1:],
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    """The shipped models' Qwen tokenizer over a smaller vocabulary."""
+    return vocabulary.qwen_tokenizer(words=WORDS)
 
 
 def make_sd3(root: Path, seed: int = 0, *, solver: str = "euler", with_t5: bool = True) -> Path:
@@ -141,20 +110,6 @@ def make_zimage(root: Path, seed: int = 0) -> Path:
     )
     pipeline.save_pretrained(root)
     return Path(root)
-
-
-def _merge_words(vocab: list[str], words: tuple[str, ...], suffix: str):
-    """Extend a character vocabulary by the BPE merges that spell `words` left to right."""
-    vocab, merges = list(vocab), []
-    for word in words:
-        pieces = [*word[:-1], word[-1] + suffix]
-        while len(pieces) > 1:
-            pair, joined = (pieces[0], pieces[1]), pieces[0] + pieces[1]
-            if joined not in vocab:
-                vocab.append(joined)
-                merges.append(pair)
-            pieces = [joined, *pieces[2:]]
-    return vocab, merges
 
 
 def _clip(tokenizer, width: int, seed: int):
