@@ -37,6 +37,8 @@ WORDS = tuple(
 )
 FAMILIES = ("single", "two", "counting", "colours", "position", "attribution", "words")
 _SUPERSAMPLE = 4
+_GRID = (12, 22, 32, 42, 52)  # pixels; centres lie on it in both directions
+_RADII = {1: (12, 15), 2: (10,), 3: (8,)}  # pixels, by the number of objects (3: or more)
 _MIN_AREA = 10  # pixels; smaller specks are anti-aliasing, not objects
 _MIN_IOU = 0.75  # segment against template; a circle in a square's box has 0.785, see `_classify`
 
@@ -188,9 +190,8 @@ def render(caption: str, rng: np.random.Generator) -> np.ndarray:
 def _draw_things(draw: ImageDraw.ImageDraw, spec: Caption, rng: np.random.Generator) -> None:
     shapes, colours = [], []
     for thing in spec.things:
-        for _ in range(thing.count):
-            shapes.append(thing.shape)
-            colours.append(thing.colour or str(rng.choice(list(COLOURS))))
+        shapes += [thing.shape] * thing.count
+        colours += [thing.colour or str(rng.choice(list(COLOURS)))] * thing.count
     places = _places(len(shapes), spec.relation, rng)
     for shape, colour, (x, y, r) in zip(shapes, colours, places, strict=True):
         fill = tuple(
@@ -202,21 +203,23 @@ def _draw_things(draw: ImageDraw.ImageDraw, spec: Caption, rng: np.random.Genera
 def _places(
     n: int, relation: str | None, rng: np.random.Generator
 ) -> list[tuple[float, float, float]]:
-    """n centres and radii in pixels, boxes 3 or more pixels apart, the relation holding clearly."""
-    low, high = (11.0, 16.0) if n == 1 else (9.0, 12.0) if n == 2 else (7.0, 9.0)
+    """n centres on the world's grid and one radius each, in pixels; the relation holds clearly."""
+    radii = _RADII[min(n, 3)]
     placed: list[tuple[float, float, float]] = []
     tries = 0
     while len(placed) < n:
         tries += 1
         if tries % 64 == 0:  # a corner nobody fits into any more
             placed.clear()
-        r = rng.uniform(low, high)
-        x, y = rng.uniform(r + 2, SIZE - r - 2, 2)
+        r = float(rng.choice(radii))
+        x, y = (float(v) for v in rng.choice(_GRID, 2))
+        if min(x, y) < r + 2 or max(x, y) > SIZE - r - 2:
+            continue
         if any(max(abs(x - u), abs(y - v)) < r + q + 3.0 for u, v, q in placed):
             continue
         if relation and placed and _margin(placed[0][0] - x, placed[0][1] - y, relation) <= 6.0:
             continue
-        placed.append((float(x), float(y), float(r)))
+        placed.append((x, y, r))
     return placed
 
 
@@ -243,7 +246,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _draw_sign(draw: ImageDraw.ImageDraw, word: str, rng: np.random.Generator) -> None:
     s = _SUPERSAMPLE
-    y = float(rng.uniform(22, 32)) * s
+    y = 28 * s
     ink = tuple(int(v) for v in rng.integers(15, 50, 3))
     draw.rectangle([30 * s, y, 34 * s, SIZE * s], fill=(130, 130, 130))
     draw.rounded_rectangle(
@@ -252,9 +255,14 @@ def _draw_sign(draw: ImageDraw.ImageDraw, word: str, rng: np.random.Generator) -
     size = 22 * s
     while draw.textlength(word, font=_font(size)) > 50 * s:
         size -= s
-    x = 32 * s + float(rng.uniform(-2, 2)) * s
     draw.text(
-        (x, y), word, fill=ink, font=_font(size), anchor="mm", stroke_width=s // 2, stroke_fill=ink
+        (32 * s, y),
+        word,
+        fill=ink,
+        font=_font(size),
+        anchor="mm",
+        stroke_width=s // 2,
+        stroke_fill=ink,
     )
 
 
