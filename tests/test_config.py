@@ -51,6 +51,8 @@ def test_overrides_are_typed(tmp_path):
         ({"iterations": 0}, [], "iterations must be at least 1"),
         ({"roles": "lora"}, [], "roles must be a mapping"),
         ({"zero_stage": 3}, [], "zero_stage must be one of 0, 1, 2"),
+        ({"optimizers": {"fake": {"name": "moun"}}}, [], "fake.name.*Did you mean 'muon'"),
+        ({"optimizers": {"fake": {"name": "muon"}}, "zero_stage": 2}, [], "needs zero_stage 0"),
         ({}, ["iterations"], "--set wants key=value"),
         ({}, ["model.x=1"], "'model' is not a group of keys"),
         ({"method": "tdm_r1", "rollout": {"group_size": 1}}, [], "group_size must be at least 2"),

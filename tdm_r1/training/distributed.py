@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tdm_r1.config import Optimizer
+from tdm_r1.training import optimizer as optimizers
 
 
 def init() -> None:
@@ -67,26 +68,19 @@ def close() -> None:
 
 def wrap(
     role: nn.Module,
-    parameters: Sequence[nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     config: Optimizer,
     *,
     accumulation: int,
     zero_stage: int,
 ):
-    """A DeepSpeed engine that owns the gradients, the clip and the AdamW of one role.
+    """A DeepSpeed engine that owns the gradients, the clip and the optimizer of one role.
 
     Only `parameters` are trained and synchronised; `accumulation` backward passes make one step,
     and their losses are averaged. The forward runs in the role's own precision (autocast inside).
     """
     import deepspeed
 
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
@@ -96,6 +90,9 @@ def wrap(
         "steps_per_print": 2**31,
     }
     engine, *_ = deepspeed.initialize(
-        model=role, model_parameters=list(parameters), optimizer=optimizer, config=settings
+        model=role,
+        model_parameters=list(parameters.values()),
+        optimizer=optimizers.build(parameters, config),
+        config=settings,
     )
     return engine

@@ -31,6 +31,8 @@ class Sft:
         if size % distributed.world_size():
             raise ConfigError(f"data.batch_size = {size} does not divide over the ranks")
         self.data = load_data(recipe.data, trainer.pipeline, recipe.seed)
+        if recipe.compile:
+            trainer.roles["generator"].transformer.compile()
         self.shift = recipe.sigma_shift or trainer.pipeline.shift
 
     def step(self, iteration: int) -> dict[str, float]:

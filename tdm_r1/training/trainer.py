@@ -23,7 +23,7 @@ from tdm_r1.errors import ConfigError, LoadError, RewardError, TdmError
 from tdm_r1.models.loading import load_transformer, save_transformer
 from tdm_r1.models.lora import load_lora_file, save_lora
 from tdm_r1.pipeline import load_pipeline
-from tdm_r1.training import checkpoint, distributed
+from tdm_r1.training import checkpoint, distributed, optimizer
 from tdm_r1.training.evaluate import Evaluator
 from tdm_r1.training.progress import Progress
 from tdm_r1.training.roles import TRAINED, Role, build_roles, follow
@@ -84,7 +84,7 @@ class Trainer:
     def _wrap(self, name: str):
         return distributed.wrap(
             self.roles[name],
-            list(self.roles[name].tensors().values()),
+            self.roles[name].tensors(),
             getattr(self.recipe.optimizers, name),
             accumulation=self.method.accumulation[name],
             zero_stage=self.recipe.zero_stage,
@@ -187,7 +187,7 @@ class Trainer:
             state["method"] = self.method.state() if hasattr(self.method, "state") else {}
             if self.recipe.zero_stage == 0:
                 for name, engine in self.engines.items():
-                    tensors[f"optimizer-{name}"], steps = _optimizer_tensors(engine.optimizer)
+                    tensors[f"optimizer-{name}"], steps = optimizer.state_tensors(engine.optimizer)
                     state[f"optimizer-{name}"] = steps
             path = checkpoint.checkpoint_path(self.output, self.iteration)
             checkpoint.save_checkpoint(path, tensors, state, keep_last=self.recipe.keep_checkpoints)
@@ -213,9 +213,11 @@ class Trainer:
             _load_tensors(role, tensors.get(name, {}), path) if name != "base" else None
         for name, engine in self.engines.items():
             if f"optimizer-{name}" in tensors:
-                _load_optimizer(
-                    engine.optimizer, tensors[f"optimizer-{name}"], state[f"optimizer-{name}"]
-                )
+                steps = state[f"optimizer-{name}"]
+                try:
+                    optimizer.load_state(engine.optimizer, tensors[f"optimizer-{name}"], steps)
+                except ValueError as error:
+                    raise LoadError(f"{path}: {name}: {error}") from error
         self.iteration = state["iteration"]
         if state["method"]:
             self.method.load_state(state["method"])
@@ -243,33 +245,6 @@ def learning_rate(config: Optimizer, iteration: int, total: int) -> float:
     if config.decay == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * iteration / total))
     return rate
-
-
-def _optimizer_tensors(optimizer) -> tuple[dict[str, torch.Tensor], list[int]]:
-    tensors, steps = {}, []
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, parameter in enumerate(parameters):
-        state = optimizer.state.get(parameter, {})
-        steps.append(int(state["step"]) if "step" in state else 0)
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key in state:
-                tensors[f"{index:05d}.{key}"] = state[key]
-    return tensors, steps
-
-
-def _load_optimizer(optimizer, tensors: dict[str, torch.Tensor], steps: list[int]) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if len(parameters) != len(steps):
-        raise LoadError(
-            f"the checkpoint's optimizer has {len(steps)} tensors, this one {len(parameters)}"
-        )
-    for index, (parameter, step) in enumerate(zip(parameters, steps, strict=True)):
-        if not step:
-            continue
-        optimizer.state[parameter] = {"step": torch.tensor(float(step))} | {
-            key: tensors[f"{index:05d}.{key}"].to(parameter.device)
-            for key in ("exp_avg", "exp_avg_sq")
-        }
 
 
 @torch.no_grad()
