@@ -107,23 +107,33 @@ class Tdm:
         self.sampler.position = after
 
     def _update(self, iteration: int, batches: list[Batch]) -> dict[str, float]:
-        rng = np.random.default_rng((self.recipe.seed, iteration, STEPS))
-        num_steps, boundaries = self.schedule.num_steps, self.recipe.distillation.boundaries
-        chosen = [int(k) for k in rng.choice(num_steps, boundaries, replace=False)]
-        weights = np.arange(1, num_steps + 1) / (num_steps * (num_steps + 1) / 2)
-        surrogate_at = [int(j) for j in rng.choice(num_steps, boundaries, p=weights)]
+        first = distributed.rank() * len(batches)
+        steps = [self._draw_steps(iteration, first + i) for i in range(len(batches))]
         for extra in range(1, self.recipe.distillation.fake_updates):
-            for batch in batches:
-                for k in chosen:
+            for batch, pairs in zip(batches, steps, strict=True):
+                for k, _ in pairs:
                     self._fake_only(batch, k, (self.recipe.seed, iteration, DISTIL, extra))
         sums: dict[str, list[Tensor]] = {}
-        for batch in batches:
-            for slot, (k, j) in enumerate(zip(chosen, surrogate_at, strict=True)):
+        for batch, pairs in zip(batches, steps, strict=True):
+            for slot, (k, j) in enumerate(pairs):
                 for name, value in self._backward(iteration, batch, k, j, slot).items():
                     sums.setdefault(name, []).append(value)
         if self.reinforced:
             self._follow_surrogate(iteration)
         return {name: float(torch.stack(values).mean()) for name, values in sums.items()}
+
+    def _draw_steps(self, iteration: int, micro_batch: int) -> list[tuple[int, int]]:
+        """The boundaries (k, j) of a micro-batch, by its number over all ranks.
+
+        k, for distillation and pull, without replacement; j, for the surrogate, in proportion to
+        j + 1. The same micro-batch meets the same steps however many ranks share the work.
+        """
+        rng = np.random.default_rng((self.recipe.seed, iteration, STEPS, micro_batch))
+        num_steps, boundaries = self.schedule.num_steps, self.recipe.distillation.boundaries
+        weights = np.arange(1, num_steps + 1) / (num_steps * (num_steps + 1) / 2)
+        k = rng.choice(num_steps, boundaries, replace=False)
+        j = rng.choice(num_steps, boundaries, p=weights)
+        return list(zip(k.tolist(), j.tolist(), strict=True))
 
     def _backward(self, iteration: int, batch: Batch, k: int, j: int, slot: int) -> Metrics:
         """All losses of boundary k (surrogate: j), each through its role's engine."""

@@ -141,10 +141,9 @@ def test_iteration_has_the_gradients_of_the_plain_method(family, method, trunc, 
     ]
     for batch in batches:
         batch.advantage_B = torch.randn(6, generator=torch.Generator().manual_seed(1))
-    rng = np.random.default_rng((0, 11, module.STEPS))
-    chosen = rng.choice(4, 2, replace=False)
-    at = rng.choice(4, 2, p=np.arange(1, 5) / 10)
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        rng = np.random.default_rng((0, 11, module.STEPS, number))
+        chosen, at = rng.choice(4, 2, replace=False), rng.choice(4, 2, p=np.arange(1, 5) / 10)
         for slot, (k, j) in enumerate(zip(chosen, at, strict=True)):
             losses = plain_losses(trainer, batch, 11, int(k), int(j), slot)
             sum(losses.values()).div(4).backward()
