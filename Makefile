@@ -1,6 +1,7 @@
 # make demo    set up .venv and watch a tiny model learn, on a laptop CPU
 # make test    set up .venv and run every test this machine can run
 # make quick   the tests without the slow ones
+# make native  build the C++ kernels (demo and test do it where a compiler is at hand)
 # make lint    ruff (rules and format) and mypy
 # make format  let ruff rewrite what it can
 # make clean   remove .venv and caches
@@ -11,18 +12,19 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BUILT := $(VENV)/.built
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c .ci/constraints.txt
 
-.PHONY: demo test quick lint format venv clean
+.PHONY: demo test quick native lint format venv clean
 .DEFAULT_GOAL := test
 
-demo: $(READY)
+demo: $(BUILT)
 	$(BIN)/python -m tdm_r1 demo $(ARGS)
 
-test: $(READY)
+test: $(BUILT)
 	$(BIN)/python -m pytest $(ARGS)
 
-quick: $(READY)
+quick: $(BUILT)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 lint: $(READY)
@@ -47,6 +49,16 @@ $(READY): pyproject.toml .ci/constraints.txt
 	DS_BUILD_OPS=0 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@
 
+native: $(READY)
+	$(BIN)/cmake -S . -B build/native -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build build/native --parallel 2
+
+# Without a compiler nothing breaks: the reference ops serve, slower.
+$(BUILT): $(READY) CMakeLists.txt $(wildcard csrc/*)
+	@$(MAKE) --no-print-directory --silent native > $(VENV)/native.log 2>&1 || \
+	    echo "note: the C++ kernels were not built, the reference ops serve; see $(VENV)/native.log" >&2
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build kernels/tdm_kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from tdm_kernels import reference
+from tdm_kernels import native, reference
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +62,22 @@ def _always(_target: Target) -> str:
     return ""
 
 
+def _native(target: Target) -> str:
+    if target.device.type != "cpu":
+        return "runs on a CPU only"
+    if target.dtype not in (torch.float32, torch.bfloat16):
+        return f"computes in float32 and bfloat16, not in {target.dtype}"
+    return native.load()
+
+
 OP_NAMES = tuple(field.name for field in fields(Ops))
 # Fastest first: "auto" takes the first backend whose check passes, op by op.
-BACKENDS = ("reference",)
-IMPLS = tuple(Impl(op, "reference", getattr(reference, op), _always, grad=True) for op in OP_NAMES)
+BACKENDS = ("native", "reference")
+NATIVE_OPS = tuple(op for op in OP_NAMES if hasattr(native, op))
+IMPLS = (
+    *(Impl(op, "native", getattr(native, op), _native, grad=True) for op in NATIVE_OPS),
+    *(Impl(op, "reference", getattr(reference, op), _always, grad=True) for op in OP_NAMES),
+)
 
 
 def select(
@@ -78,7 +90,8 @@ def select(
     """Bind every op to an implementation.
 
     An explicit `backend` must be able to run every op it claims to: otherwise ValueError with every
-    reason. "auto" takes, per op, the first backend in `BACKENDS` that can run.
+    reason; ops it does not claim are the reference's. "auto" takes, per op, the first backend in
+    `BACKENDS` that can run.
     """
     target = Target(torch.device(device), dtype, head_dim, grad)
     if backend != "auto" and backend not in BACKENDS:
@@ -117,5 +130,10 @@ def explain(
 
 def _candidates(op: str, backend: str) -> list[Impl]:
     """Implementations of `op` that `backend` allows, fastest first."""
-    names = BACKENDS if backend == "auto" else (backend,)
-    return [impl for name in names for impl in IMPLS if impl.op == op and impl.backend == name]
+    found = [
+        impl
+        for name in BACKENDS
+        for impl in IMPLS
+        if impl.op == op and impl.backend == name and backend in ("auto", name)
+    ]
+    return found or [impl for impl in IMPLS if impl.op == op and impl.backend == "reference"]

@@ -182,15 +182,14 @@ class Transformer(Packable):
 
     family: ClassVar[str]
     config: Any
-    ops: Ops
     groups = ("modulation",)
 
     def init_runtime(self, backend: str, head_dim: int) -> None:
-        """Finish construction once the parameters exist: remember the backend, bind the ops."""
+        """Remember what the ops will be chosen by."""
         self.backend = backend
         self.head_dim = head_dim
         self.frozen = False
-        self.bind_ops()
+        self._ops: Ops | None = None
 
     @property
     def device(self) -> torch.device:
@@ -250,12 +249,18 @@ class Transformer(Packable):
         self.frozen = False
         return self
 
-    def bind_ops(self) -> None:
-        """Choose the ops for the device and dtype the parameters are on now."""
-        try:
-            self.ops = select(self.backend, self.device, self.dtype, self.head_dim, grad=True)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    @property
+    def ops(self) -> Ops:
+        """The ops for the device and dtype the parameters are on, chosen at the first use.
+
+        Raises ConfigError if the backend asked for cannot run there.
+        """
+        if self._ops is None:
+            try:
+                self._ops = select(self.backend, self.device, self.dtype, self.head_dim, grad=True)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+        return self._ops
 
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
         # A move or cast replaces every parameter's storage: the packed views must be rebuilt.
@@ -263,5 +268,5 @@ class Transformer(Packable):
         if was_frozen:
             self.unfreeze()
         super()._apply(fn, recurse)
-        self.bind_ops()
+        self._ops = None
         return self.freeze() if was_frozen else self

@@ -1,0 +1,107 @@
+// What the CPU kernels take: raw rows, no tensors. cpu_kernels.cpp is compiled once per instruction
+// set; cpu_ops.cpp checks tensors and calls the fastest set this machine runs.
+//
+// Legend: B batch, T tokens, D width, N heads, H head width, M modulations of one norm.
+#pragma once
+
+#include <cstdint>
+
+namespace tdm {
+
+enum class Type : int { f32, bf16 };
+
+// [B, T, D] with unit stride along D; strides in elements. `data` null: the tensor is absent.
+struct Rows {
+  void* data = nullptr;
+  Type type = Type::f32;
+  int64_t batch = 0;
+  int64_t row = 0;
+};
+
+// [M, B or 1, 1, D] fp32 with unit stride along D; strides in elements, 0 where shared.
+struct Vectors {
+  float* data = nullptr;
+  int64_t set = 0;
+  int64_t batch = 0;
+};
+
+// h = x + gate * [rms(branch) * branch_weight];  y_m = norm(h) * scale_m + shift_m.
+// Without `branch`, h = x. norm is RMSNorm with `weight`, LayerNorm without. `stats` is fp32
+// [B * T, 3]: mean and 1 / sigma of h, 1 / rms of the branch.
+struct ResidualNorm {
+  int64_t B, T, D, M;
+  float eps;
+  bool layer_norm;
+  Rows x, branch, h, y;  // y: M slabs, `y_set` elements apart
+  int64_t y_set = 0;
+  Vectors gate, scale, shift;
+  const float* branch_weight = nullptr;
+  const float* weight = nullptr;
+  float* stats = nullptr;
+  // Backward: gradients of h and y come in (`dh`, `dy`), those of the inputs go out. Vectors are
+  // summed over T into fp64 [M, B, D], weights into [B, D]; the caller sums the rest.
+  Rows dh, dy, dx, dbranch;
+  int64_t dy_set = 0;
+  double* dgate = nullptr;
+  double* dscale = nullptr;
+  double* dshift = nullptr;
+  double* dweight = nullptr;
+  double* dbranch_weight = nullptr;
+};
+
+// out = rotate(x * rsqrt(mean(x^2) + eps) * weight) per head; `rope` holds (cos, sin) pairs along H.
+struct HeadNorm {
+  int64_t B, T, N, H;
+  float eps;
+  Rows x, out;  // plus a stride over heads
+  int64_t x_head = 0, out_head = 0;
+  const float* weight = nullptr;
+  const float* rope = nullptr;
+  int64_t rope_batch = 0, rope_row = 0;
+  // Backward: `out` holds d out, `dx` receives d x, `dweight` fp64 [B, H] the weight's.
+  Rows dx;
+  int64_t dx_head = 0;
+  double* dweight = nullptr;
+};
+
+struct Elementwise {
+  const void* a;
+  const void* b;
+  const void* dy;
+  void* out;
+  void* out2;
+  Type type;
+};
+
+// softmax(q k^T / sqrt(H)) v for T query and S key rows; strides as in HeadNorm, `out` [B, T, N, H].
+struct Attention {
+  int64_t B, T, S, N, H;
+  Rows q, k, v, out;
+  int64_t q_head = 0, k_head = 0, v_head = 0, out_head = 0;
+};
+
+// One function per kernel and pass; each does the half-open range of the index named first.
+struct Kernels {
+  const char* name;
+  void (*residual_norm)(const ResidualNorm&, int64_t row0, int64_t row1);
+  void (*residual_norm_backward)(const ResidualNorm&, int64_t b0, int64_t b1);
+  void (*head_norm)(const HeadNorm&, int64_t row0, int64_t row1);
+  void (*head_norm_backward)(const HeadNorm&, int64_t b0, int64_t b1);
+  void (*gelu)(const Elementwise&, int64_t i0, int64_t i1);
+  void (*gelu_backward)(const Elementwise&, int64_t i0, int64_t i1);
+  void (*swiglu)(const Elementwise&, int64_t i0, int64_t i1);
+  void (*swiglu_backward)(const Elementwise&, int64_t i0, int64_t i1);
+  void (*attention)(const Attention&, int64_t head0, int64_t head1);
+};
+
+namespace portable {
+Kernels kernels();
+}
+namespace avx2 {
+Kernels kernels();
+}
+namespace avx512 {
+Kernels kernels();
+}
+
+}  // namespace tdm

@@ -1,0 +1,444 @@
+// The CPU kernels, written as plain loops for the compiler to vectorise: this file is compiled once
+// per instruction set, with TDM_ISA naming the namespace. All arithmetic is fp32.
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "cpu.h"
+
+namespace tdm::TDM_ISA {
+namespace {
+
+using bf16 = uint16_t;
+
+inline float load(float v) { return v; }
+inline float load(bf16 v) {
+  uint32_t bits = uint32_t(v) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+template <class T>
+inline T store(float v);
+template <>
+inline float store<float>(float v) {
+  return v;
+}
+template <>
+inline bf16 store<bf16>(float v) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return bf16(v != v ? 0x7fc0 : rounded);
+}
+
+// e^x within 2 ulp (Cephes' polynomial), infinite from 88.4 on; NaN passes through.
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 89.0f ? 89.0f : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float shifted = x * 1.44269504f + magic;
+  int32_t n;
+  std::memcpy(&n, &shifted, 4);
+  const float whole = shifted - magic;
+  float r = x - whole * 0.693359375f;
+  r = r + whole * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t bits = int32_t(uint32_t(n - 0x4b400000 + 127) << 23);
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return p * power;
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// 2 u of GELU's tanh argument u = sqrt(2 / pi) (x + 0.044715 x^3): 0.5 (1 + tanh u) = sigmoid(2 u).
+constexpr float kLinear = 1.5957691216f, kCubic = 0.044715f * 1.5957691216f;
+
+inline float gelu_one(float x) { return x * sigmoid(x * (kLinear + kCubic * x * x)); }
+
+inline float gelu_slope(float x) {
+  const float s = sigmoid(x * (kLinear + kCubic * x * x));
+  return s + x * s * (1.0f - s) * (kLinear + 3.0f * kCubic * x * x);
+}
+
+template <class T>
+inline T* at(const Rows& rows, int64_t b, int64_t t) {
+  return static_cast<T*>(rows.data) + b * rows.batch + t * rows.row;
+}
+
+inline float* at(const Vectors& v, int64_t m, int64_t b) { return v.data + m * v.set + b * v.batch; }
+
+template <class T>
+inline void widen(float* __restrict out, const T* __restrict in, int64_t n) {
+  for (int64_t d = 0; d < n; d++) out[d] = load(in[d]);
+}
+
+template <class T>
+inline void narrow(T* __restrict out, const float* __restrict in, int64_t n) {
+  for (int64_t d = 0; d < n; d++) out[d] = store<T>(in[d]);
+}
+
+inline float dot(const float* __restrict a, const float* __restrict b, int64_t n) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < n; d++) sum += a[d] * b[d];
+  return sum;
+}
+
+inline float total(const float* __restrict a, int64_t n) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < n; d++) sum += a[d];
+  return sum;
+}
+
+inline float squares_about(const float* __restrict a, float mean, int64_t n) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < n; d++) sum += (a[d] - mean) * (a[d] - mean);
+  return sum;
+}
+
+void read(float* out, const Rows& rows, int64_t b, int64_t t, int64_t n) {
+  if (rows.type == Type::bf16)
+    widen(out, at<const bf16>(rows, b, t), n);
+  else
+    widen(out, at<const float>(rows, b, t), n);
+}
+
+void write(const Rows& rows, int64_t b, int64_t t, const float* in, int64_t n, int64_t offset = 0) {
+  if (rows.type == Type::bf16)
+    narrow(at<bf16>(rows, b, t) + offset, in, n);
+  else
+    narrow(at<float>(rows, b, t) + offset, in, n);
+}
+
+// Buffers of one thread: rows of D floats.
+struct Scratch {
+  explicit Scratch(int64_t width, int count) : width(width), data(width * count) {}
+  float* row(int i) { return data.data() + i * width; }
+  int64_t width;
+  std::vector<float> data;
+};
+
+void residual_norm(const ResidualNorm& p, int64_t row0, int64_t row1) {
+  const int64_t D = p.D;
+  Scratch scratch(D, 2);
+  float* __restrict h = scratch.row(0);
+  float* __restrict w = scratch.row(1);
+  for (int64_t row = row0; row < row1; row++) {
+    const int64_t b = row / p.T, t = row % p.T;
+    float* stats = p.stats ? p.stats + row * 3 : nullptr;
+    read(h, p.x, b, t, D);
+    if (p.branch.data) {
+      read(w, p.branch, b, t, D);
+      if (p.branch_weight) {
+        const float rstd = 1.0f / std::sqrt(dot(w, w, D) / D + p.eps);
+        for (int64_t d = 0; d < D; d++) w[d] *= rstd * p.branch_weight[d];
+        if (stats) stats[2] = rstd;
+      }
+      if (p.gate.data) {
+        const float* __restrict gate = at(p.gate, 0, b);
+        for (int64_t d = 0; d < D; d++) h[d] += gate[d] * w[d];
+      } else {
+        for (int64_t d = 0; d < D; d++) h[d] += w[d];
+      }
+      write(p.h, b, t, h, D);
+      if (p.h.type == Type::bf16) read(h, p.h, b, t, D);  // the norm reads h as it is stored
+    }
+    if (!p.y.data) continue;
+    const float mean = p.layer_norm ? total(h, D) / D : 0.0f;
+    const float rstd = 1.0f / std::sqrt(squares_about(h, mean, D) / D + p.eps);
+    if (stats) stats[0] = mean, stats[1] = rstd;
+    if (p.layer_norm)
+      for (int64_t d = 0; d < D; d++) h[d] = (h[d] - mean) * rstd;
+    else
+      for (int64_t d = 0; d < D; d++) h[d] *= rstd * p.weight[d];
+    for (int64_t m = 0; m < p.M; m++) {
+      const float* out = h;
+      if (p.scale.data) {
+        const float* __restrict scale = at(p.scale, m, b);
+        if (p.shift.data) {
+          const float* __restrict shift = at(p.shift, m, b);
+          for (int64_t d = 0; d < D; d++) w[d] = h[d] * scale[d] + shift[d];
+        } else {
+          for (int64_t d = 0; d < D; d++) w[d] = h[d] * scale[d];
+        }
+        out = w;
+      }
+      write(p.y, b, t, out, D, m * p.y_set);
+    }
+  }
+}
+
+inline void accumulate(float* __restrict sum, const float* __restrict a, const float* __restrict b,
+                       int64_t n) {
+  for (int64_t d = 0; d < n; d++) sum[d] += a[d] * b[d];
+}
+
+// Sums over tokens run in fp64: thousands of fp32 additions one after another would lose digits.
+inline void accumulate(double* __restrict sum, const float* __restrict a,
+                       const float* __restrict b, int64_t n) {
+  for (int64_t d = 0; d < n; d++) sum[d] += double(a[d] * b[d]);
+}
+
+// g <- rstd (g - [mean g] - n mean(g n)): through a normalisation with result n.
+inline void through_norm(float* __restrict g, const float* __restrict n, float rstd, bool centred,
+                         int64_t D) {
+  const float mean = centred ? total(g, D) / D : 0.0f;
+  const float slope = dot(g, n, D) / D;
+  for (int64_t d = 0; d < D; d++) g[d] = rstd * (g[d] - mean - n[d] * slope);
+}
+
+void residual_norm_backward(const ResidualNorm& p, int64_t b0, int64_t b1) {
+  const int64_t D = p.D;
+  Scratch scratch(D, 4);
+  float* __restrict dh = scratch.row(0);
+  float* __restrict n = scratch.row(1);
+  float* __restrict dy = scratch.row(2);
+  float* __restrict g = scratch.row(3);
+  for (int64_t b = b0; b < b1; b++)
+    for (int64_t t = 0; t < p.T; t++) {
+      const float* stats = p.stats + (b * p.T + t) * 3;
+      if (p.dy.data) {
+        const float mean = stats[0], rstd = stats[1];
+        read(n, p.h, b, t, D);
+        for (int64_t d = 0; d < D; d++) n[d] = (n[d] - mean) * rstd, g[d] = 0.0f;
+        for (int64_t m = 0; m < p.M; m++) {
+          Rows slab = p.dy;
+          const int64_t size = slab.type == Type::bf16 ? 2 : 4;
+          slab.data = static_cast<char*>(slab.data) + m * p.dy_set * size;
+          read(dy, slab, b, t, D);
+          if (!p.scale.data) {
+            for (int64_t d = 0; d < D; d++) g[d] += dy[d];
+            continue;
+          }
+          accumulate(g, dy, at(p.scale, m, b), D);
+          if (p.dshift) {
+            double* __restrict sum = p.dshift + (m * p.B + b) * D;
+            for (int64_t d = 0; d < D; d++) sum[d] += double(dy[d]);
+          }
+          if (p.dscale) {
+            double* __restrict sum = p.dscale + (m * p.B + b) * D;
+            if (p.layer_norm)
+              accumulate(sum, dy, n, D);
+            else
+              for (int64_t d = 0; d < D; d++) sum[d] += double(dy[d] * n[d] * p.weight[d]);
+          }
+        }
+        if (!p.layer_norm) {
+          if (p.dweight) accumulate(p.dweight + b * D, g, n, D);
+          for (int64_t d = 0; d < D; d++) g[d] *= p.weight[d];
+        }
+        through_norm(g, n, rstd, p.layer_norm, D);
+      }
+      if (p.dh.data) {
+        read(dh, p.dh, b, t, D);
+        if (p.dy.data)
+          for (int64_t d = 0; d < D; d++) dh[d] += g[d];
+      } else {
+        std::memcpy(dh, g, D * sizeof(float));
+      }
+      if (p.dx.data) write(p.dx, b, t, dh, D);
+      if (!p.branch.data) continue;
+      read(n, p.branch, b, t, D);
+      const float rstd = p.branch_weight ? stats[2] : 1.0f;
+      if (p.branch_weight)
+        for (int64_t d = 0; d < D; d++) n[d] *= rstd;
+      if (p.dgate) {
+        double* __restrict sum = p.dgate + b * D;
+        if (p.branch_weight)
+          for (int64_t d = 0; d < D; d++) sum[d] += double(dh[d] * n[d] * p.branch_weight[d]);
+        else
+          accumulate(sum, dh, n, D);
+      }
+      if (p.gate.data) {
+        const float* __restrict gate = at(p.gate, 0, b);
+        for (int64_t d = 0; d < D; d++) dh[d] *= gate[d];
+      }
+      if (p.branch_weight) {
+        if (p.dbranch_weight) accumulate(p.dbranch_weight + b * D, dh, n, D);
+        for (int64_t d = 0; d < D; d++) dh[d] *= p.branch_weight[d];
+        through_norm(dh, n, rstd, false, D);
+      }
+      if (p.dbranch.data) write(p.dbranch, b, t, dh, D);
+    }
+}
+
+// (a, b) -> (a cos - b sin, a sin + b cos); `sign` -1 turns back.
+inline void rotate(float* __restrict x, const float* __restrict turns, float sign, int64_t H) {
+  for (int64_t i = 0; i < H / 2; i++) {
+    const float a = x[2 * i], b = x[2 * i + 1], c = turns[2 * i], s = sign * turns[2 * i + 1];
+    x[2 * i] = a * c - b * s;
+    x[2 * i + 1] = a * s + b * c;
+  }
+}
+
+inline Rows head(const Rows& rows, int64_t stride, int64_t n) {
+  Rows out = rows;
+  const int64_t size = rows.type == Type::bf16 ? 2 : 4;
+  out.data = static_cast<char*>(rows.data) + n * stride * size;
+  return out;
+}
+
+void head_norm(const HeadNorm& p, int64_t row0, int64_t row1) {
+  const int64_t H = p.H;
+  Scratch scratch(H, 1);
+  float* __restrict x = scratch.row(0);
+  for (int64_t row = row0; row < row1; row++) {
+    const int64_t b = row / p.T, t = row % p.T;
+    for (int64_t n = 0; n < p.N; n++) {
+      read(x, head(p.x, p.x_head, n), b, t, H);
+      if (p.weight) {
+        const float rstd = 1.0f / std::sqrt(dot(x, x, H) / H + p.eps);
+        for (int64_t d = 0; d < H; d++) x[d] *= rstd * p.weight[d];
+      }
+      if (p.rope) rotate(x, p.rope + b * p.rope_batch + t * p.rope_row, 1.0f, H);
+      write(head(p.out, p.out_head, n), b, t, x, H);
+    }
+  }
+}
+
+void head_norm_backward(const HeadNorm& p, int64_t b0, int64_t b1) {
+  const int64_t H = p.H;
+  Scratch scratch(H, 2);
+  float* __restrict g = scratch.row(0);
+  float* __restrict x = scratch.row(1);
+  for (int64_t b = b0; b < b1; b++)
+    for (int64_t t = 0; t < p.T; t++)
+      for (int64_t n = 0; n < p.N; n++) {
+        read(g, head(p.out, p.out_head, n), b, t, H);
+        if (p.rope) rotate(g, p.rope + b * p.rope_batch + t * p.rope_row, -1.0f, H);
+        if (p.weight) {
+          read(x, head(p.x, p.x_head, n), b, t, H);
+          const float rstd = 1.0f / std::sqrt(dot(x, x, H) / H + p.eps);
+          for (int64_t d = 0; d < H; d++) x[d] *= rstd;
+          if (p.dweight) accumulate(p.dweight + b * H, g, x, H);
+          for (int64_t d = 0; d < H; d++) g[d] *= p.weight[d];
+          through_norm(g, x, rstd, false, H);
+        }
+        write(head(p.dx, p.dx_head, n), b, t, g, H);
+      }
+}
+
+template <class T>
+const T* in(const void* data) {
+  return static_cast<const T*>(data);
+}
+template <class T>
+T* out(void* data) {
+  return static_cast<T*>(data);
+}
+
+template <class T>
+void gelu_typed(const Elementwise& p, int64_t i0, int64_t i1) {
+  const T* __restrict x = in<T>(p.a);
+  T* __restrict y = out<T>(p.out);
+  for (int64_t i = i0; i < i1; i++) y[i] = store<T>(gelu_one(load(x[i])));
+}
+
+template <class T>
+void gelu_backward_typed(const Elementwise& p, int64_t i0, int64_t i1) {
+  const T* __restrict x = in<T>(p.a);
+  const T* __restrict dy = in<T>(p.dy);
+  T* __restrict dx = out<T>(p.out);
+  for (int64_t i = i0; i < i1; i++) dx[i] = store<T>(load(dy[i]) * gelu_slope(load(x[i])));
+}
+
+template <class T>
+void swiglu_typed(const Elementwise& p, int64_t i0, int64_t i1) {
+  const T* __restrict a = in<T>(p.a);
+  const T* __restrict b = in<T>(p.b);
+  T* __restrict y = out<T>(p.out);
+  for (int64_t i = i0; i < i1; i++) {
+    const float x = load(a[i]);
+    y[i] = store<T>(x * sigmoid(x) * load(b[i]));
+  }
+}
+
+template <class T>
+void swiglu_backward_typed(const Elementwise& p, int64_t i0, int64_t i1) {
+  const T* __restrict a = in<T>(p.a);
+  const T* __restrict b = in<T>(p.b);
+  const T* __restrict dy = in<T>(p.dy);
+  T* __restrict da = out<T>(p.out);
+  T* __restrict db = out<T>(p.out2);
+  for (int64_t i = i0; i < i1; i++) {
+    const float x = load(a[i]), s = sigmoid(x), g = load(dy[i]);
+    da[i] = store<T>(g * load(b[i]) * s * (1.0f + x * (1.0f - s)));
+    db[i] = store<T>(g * x * s);
+  }
+}
+
+#define TDM_BY_TYPE(name)                                        \
+  void name(const Elementwise& p, int64_t i0, int64_t i1) {      \
+    if (p.type == Type::bf16)                                    \
+      name##_typed<bf16>(p, i0, i1);                             \
+    else                                                         \
+      name##_typed<float>(p, i0, i1);                            \
+  }
+TDM_BY_TYPE(gelu)
+TDM_BY_TYPE(gelu_backward)
+TDM_BY_TYPE(swiglu)
+TDM_BY_TYPE(swiglu_backward)
+#undef TDM_BY_TYPE
+
+// One head at a time: keys transposed once, so that every inner loop runs along keys or along H.
+void attention(const Attention& p, int64_t head0, int64_t head1) {
+  const int64_t S = p.S, H = p.H;
+  std::vector<float> keys(H * S), values(S * H), q(H), weights(S), o(H);
+  const float scale = 1.0f / std::sqrt(float(H));
+  for (int64_t index = head0; index < head1; index++) {
+    const int64_t b = index / p.N, n = index % p.N;
+    const Rows k = head(p.k, p.k_head, n), v = head(p.v, p.v_head, n);
+    for (int64_t s = 0; s < S; s++) {
+      read(o.data(), k, b, s, H);
+      for (int64_t d = 0; d < H; d++) keys[d * S + s] = o[d];
+      read(values.data() + s * H, v, b, s, H);
+    }
+    for (int64_t t = 0; t < p.T; t++) {
+      read(q.data(), head(p.q, p.q_head, n), b, t, H);
+      float* __restrict w = weights.data();
+      for (int64_t s = 0; s < S; s++) w[s] = 0.0f;
+      for (int64_t d = 0; d + 3 < H; d += 4) {
+        const float a0 = q[d], a1 = q[d + 1], a2 = q[d + 2], a3 = q[d + 3];
+        const float* __restrict row = keys.data() + d * S;
+        for (int64_t s = 0; s < S; s++)
+          w[s] += a0 * row[s] + a1 * row[S + s] + a2 * row[2 * S + s] + a3 * row[3 * S + s];
+      }
+      float top = w[0];
+      for (int64_t s = 1; s < S; s++) top = w[s] > top ? w[s] : top;
+      for (int64_t s = 0; s < S; s++) w[s] = exponential((w[s] - top) * scale);
+      const float norm = 1.0f / total(w, S);
+      float* __restrict sum = o.data();
+      for (int64_t d = 0; d < H; d++) sum[d] = 0.0f;
+      for (int64_t s = 0; s < S; s++) {
+        const float a = w[s] * norm;
+        const float* __restrict row = values.data() + s * H;
+        for (int64_t d = 0; d < H; d++) sum[d] += a * row[d];
+      }
+      write(head(p.out, p.out_head, n), b, t, sum, H);
+    }
+  }
+}
+
+}  // namespace
+
+#define TDM_STRING(x) TDM_STRING_(x)
+#define TDM_STRING_(x) #x
+
+Kernels kernels() {
+  return {TDM_STRING(TDM_ISA), residual_norm, residual_norm_backward, head_norm,
+          head_norm_backward,  gelu,          gelu_backward,          swiglu,
+          swiglu_backward,     attention};
+}
+
+}  // namespace tdm::TDM_ISA

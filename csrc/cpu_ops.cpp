@@ -1,0 +1,208 @@
+// The ops on a CPU: checks, the choice of an instruction set, and torch's own threads.
+#include <algorithm>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "check.h"
+#include "cpu.h"
+
+namespace tdm {
+namespace {
+
+const Kernels& kernels() {
+  static const Kernels chosen = [] {
+#ifdef TDM_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      return avx512::kernels();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels();
+#endif
+    return portable::kernels();
+  }();
+  return chosen;
+}
+
+constexpr int64_t kGrain = 16384;  // numbers per thread below which a second thread costs more
+
+template <class Params>
+void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& params, int64_t count,
+         int64_t cost) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost));
+  if (count <= grain) return kernel(params, 0, count);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    kernel(params, begin, end);
+  });
+}
+
+// Shapes shared by both passes. y is [B, T, D], or [M, B, T, D] for M modulations of one norm.
+ResidualNorm describe(const Tensor& x, const Optional& y, const Optional& branch,
+                      const Optional& gate, const Optional& branch_weight, const Optional& weight,
+                      const Optional& scale, double eps) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must be [B, T, D]");
+  ResidualNorm p{};
+  p.B = x.size(0), p.T = x.size(1), p.D = x.size(2);
+  p.M = y && y->dim() == 4 ? y->size(0) : 1;
+  p.eps = float(eps);
+  p.layer_norm = !weight;
+  p.branch = rows_of(branch, "branch", p.B, p.T, p.D);
+  p.gate = vectors_of(gate, "gate", 1, p.B, p.D);
+  p.scale = vectors_of(scale, "scale", p.M, p.B, p.D);
+  p.weight = floats_of(weight, "weight", p.D);
+  p.branch_weight = floats_of(branch_weight, "branch_weight", p.D);
+  return p;
+}
+
+Rows slabs_of(const Optional& y, const char* name, const ResidualNorm& p, int64_t& set) {
+  if (!y) return {};
+  if (y->dim() == 3) return rows_of(*y, name, p.B, p.T, p.D);
+  STD_TORCH_CHECK(y->dim() == 4 && y->size(0) == p.M && y->size(1) == p.B && y->size(2) == p.T &&
+                      y->size(3) == p.D && y->stride(3) == 1,
+                  name, " must be [", p.M, ", ", p.B, ", ", p.T, ", ", p.D, "]");
+  set = y->stride(0);
+  return {y->data_ptr(), type_of(*y, name), y->stride(1), y->stride(2)};
+}
+
+void residual_norm(Tensor x, Optional branch, Optional gate, Optional branch_weight,
+                   Optional weight, Optional scale, Optional shift, double eps, Optional h,
+                   Optional y, Optional stats) {
+  ResidualNorm p = describe(x, y, branch, gate, branch_weight, weight, scale, eps);
+  p.x = rows_of(x, "x", p.B, p.T, p.D);
+  p.h = rows_of(h, "h", p.B, p.T, p.D);
+  STD_TORCH_CHECK(!branch == !h, "a branch needs h, and h a branch");
+  p.y = slabs_of(y, "y", p, p.y_set);
+  p.shift = vectors_of(shift, "shift", p.M, p.B, p.D);
+  p.stats = floats_of(stats, "stats", p.B * p.T * 3);
+  run(kernels().residual_norm, p, p.B * p.T, p.D);
+}
+
+void residual_norm_backward(Optional dh, Optional dy, Tensor h, Optional branch, Optional gate,
+                            Optional branch_weight, Optional weight, Optional scale, Tensor stats,
+                            Optional dx, Optional dbranch, Optional dgate, Optional dbranch_weight,
+                            Optional dweight, Optional dscale, Optional dshift) {
+  ResidualNorm p = describe(h, dy, branch, gate, branch_weight, weight, scale, 0.0);
+  STD_TORCH_CHECK(dh || dy, "one of dh and dy is needed");
+  p.h = rows_of(h, "h", p.B, p.T, p.D);
+  p.dh = rows_of(dh, "dh", p.B, p.T, p.D);
+  p.dy = slabs_of(dy, "dy", p, p.dy_set);
+  p.dx = rows_of(dx, "dx", p.B, p.T, p.D);
+  p.dbranch = rows_of(dbranch, "dbranch", p.B, p.T, p.D);
+  p.stats = floats_of(stats, "stats", p.B * p.T * 3);
+  p.dgate = sums_of(dgate, "dgate", p.B * p.D);
+  p.dbranch_weight = sums_of(dbranch_weight, "dbranch_weight", p.B * p.D);
+  p.dweight = sums_of(dweight, "dweight", p.B * p.D);
+  p.dscale = sums_of(dscale, "dscale", p.M * p.B * p.D);
+  p.dshift = sums_of(dshift, "dshift", p.M * p.B * p.D);
+  run(kernels().residual_norm_backward, p, p.B, p.T * p.D);
+}
+
+// A [B, T, N, H] tensor with unit stride along H: rows over B and T, and a stride over heads.
+Rows heads_of(const Tensor& x, const char* name, int64_t B, int64_t T, int64_t N, int64_t H,
+              int64_t& stride) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == B && x.size(1) == T && x.size(2) == N &&
+                      x.size(3) == H,
+                  name, " must be [", B, ", ", T, ", ", N, ", ", H, "]");
+  STD_TORCH_CHECK(x.stride(3) == 1 || H == 1, name, " must have unit stride along its last axis");
+  stride = x.stride(2);
+  return {x.data_ptr(), type_of(x, name), x.stride(0), x.stride(1)};
+}
+
+HeadNorm describe(const Tensor& x, const Optional& weight, const Optional& rope, double eps) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must be [B, T, N, H]");
+  HeadNorm p{};
+  p.B = x.size(0), p.T = x.size(1), p.N = x.size(2), p.H = x.size(3);
+  p.eps = float(eps);
+  p.x = heads_of(x, "x", p.B, p.T, p.N, p.H, p.x_head);
+  p.weight = floats_of(weight, "weight", p.H);
+  if (rope) {
+    STD_TORCH_CHECK(rope->dim() == 4 && (rope->size(0) == p.B || rope->size(0) == 1) &&
+                        rope->size(1) == p.T && rope->size(2) == 1 && rope->size(3) == p.H &&
+                        rope->stride(3) == 1 && p.H % 2 == 0 &&
+                        rope->scalar_type() == ScalarType::Float,
+                    "rope must be float32 [", p.B, " or 1, ", p.T, ", 1, ", p.H, "]");
+    p.rope = static_cast<const float*>(rope->data_ptr());
+    p.rope_batch = rope->size(0) == 1 ? 0 : rope->stride(0);
+    p.rope_row = rope->stride(1);
+  }
+  return p;
+}
+
+void head_norm(Tensor x, Optional weight, Optional rope, double eps, Tensor out) {
+  HeadNorm p = describe(x, weight, rope, eps);
+  p.out = heads_of(out, "out", p.B, p.T, p.N, p.H, p.out_head);
+  run(kernels().head_norm, p, p.B * p.T, p.N * p.H);
+}
+
+void head_norm_backward(Tensor dout, Tensor x, Optional weight, Optional rope, double eps,
+                        Tensor dx, Optional dweight) {
+  HeadNorm p = describe(x, weight, rope, eps);
+  p.out = heads_of(dout, "dout", p.B, p.T, p.N, p.H, p.out_head);
+  p.dx = heads_of(dx, "dx", p.B, p.T, p.N, p.H, p.dx_head);
+  p.dweight = sums_of(dweight, "dweight", p.B * p.H);
+  run(kernels().head_norm_backward, p, p.B, p.T * p.N * p.H);
+}
+
+void* flat(const Tensor& x, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(x.is_contiguous() && x.numel() == like.numel() &&
+                      x.scalar_type() == like.scalar_type(),
+                  name, " must be contiguous, of the first tensor's size and dtype");
+  return x.data_ptr();
+}
+
+void gelu(Tensor x, Tensor out) {
+  Elementwise p{flat(x, "x", x), nullptr, nullptr, flat(out, "out", x), nullptr, type_of(x, "x")};
+  run(kernels().gelu, p, x.numel(), 4);
+}
+
+void gelu_backward(Tensor dy, Tensor x, Tensor dx) {
+  Elementwise p{flat(x, "x", x),   nullptr, flat(dy, "dy", x),
+                flat(dx, "dx", x), nullptr, type_of(x, "x")};
+  run(kernels().gelu_backward, p, x.numel(), 4);
+}
+
+void swiglu(Tensor gate, Tensor up, Tensor out) {
+  Elementwise p{flat(gate, "gate", gate), flat(up, "up", gate), nullptr,
+                flat(out, "out", gate),   nullptr,              type_of(gate, "gate")};
+  run(kernels().swiglu, p, gate.numel(), 4);
+}
+
+void swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor dgate, Tensor dup) {
+  Elementwise p{flat(gate, "gate", gate),   flat(up, "up", gate),   flat(dy, "dy", gate),
+                flat(dgate, "dgate", gate), flat(dup, "dup", gate), type_of(gate, "gate")};
+  run(kernels().swiglu_backward, p, gate.numel(), 4);
+}
+
+void attention(Tensor q, Tensor k, Tensor v, Tensor out) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be [B, T, N, H]");
+  Attention p{};
+  p.B = q.size(0), p.T = q.size(1), p.N = q.size(2), p.H = q.size(3), p.S = k.size(1);
+  STD_TORCH_CHECK(p.H % 4 == 0 && p.S > 0, "the head width must be a multiple of 4");
+  p.q = heads_of(q, "q", p.B, p.T, p.N, p.H, p.q_head);
+  p.k = heads_of(k, "k", p.B, p.S, p.N, p.H, p.k_head);
+  p.v = heads_of(v, "v", p.B, p.S, p.N, p.H, p.v_head);
+  p.out = heads_of(out, "out", p.B, p.T, p.N, p.H, p.out_head);
+  run(kernels().attention, p, p.B * p.N, p.T * p.S * 8);
+}
+
+std::string instruction_set() { return kernels().name; }
+
+}  // namespace
+}  // namespace tdm
+
+STABLE_TORCH_LIBRARY_IMPL(tdm_kernels, CPU, m) {
+  m.impl("residual_norm", TORCH_BOX(&tdm::residual_norm));
+  m.impl("residual_norm_backward", TORCH_BOX(&tdm::residual_norm_backward));
+  m.impl("head_norm", TORCH_BOX(&tdm::head_norm));
+  m.impl("head_norm_backward", TORCH_BOX(&tdm::head_norm_backward));
+  m.impl("gelu", TORCH_BOX(&tdm::gelu));
+  m.impl("gelu_backward", TORCH_BOX(&tdm::gelu_backward));
+  m.impl("swiglu", TORCH_BOX(&tdm::swiglu));
+  m.impl("swiglu_backward", TORCH_BOX(&tdm::swiglu_backward));
+  m.impl("attention", TORCH_BOX(&tdm::attention));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tdm_kernels, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&tdm::instruction_set));
+}

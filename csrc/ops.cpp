@@ -1,0 +1,27 @@
+// Schemas only. Every op writes into tensors its caller allocated, so that nothing here allocates;
+// kernels/tdm_kernels/native.py is that caller, and reference.py says what each op computes.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(tdm_kernels, m) {
+  m.def(
+      "residual_norm(Tensor x, Tensor? branch, Tensor? gate, Tensor? branch_weight, "
+      "Tensor? weight, Tensor? scale, Tensor? shift, float eps, Tensor(a!)? h, Tensor(b!)? y, "
+      "Tensor(c!)? stats) -> ()");
+  m.def(
+      "residual_norm_backward(Tensor? dh, Tensor? dy, Tensor h, Tensor? branch, Tensor? gate, "
+      "Tensor? branch_weight, Tensor? weight, Tensor? scale, Tensor stats, Tensor(a!)? dx, "
+      "Tensor(b!)? dbranch, Tensor(c!)? dgate, Tensor(d!)? dbranch_weight, Tensor(e!)? dweight, "
+      "Tensor(f!)? dscale, Tensor(g!)? dshift) -> ()");
+  m.def(
+      "head_norm(Tensor x, Tensor? weight, Tensor? rope, float eps, Tensor(a!) out) -> ()");
+  m.def(
+      "head_norm_backward(Tensor dout, Tensor x, Tensor? weight, Tensor? rope, float eps, "
+      "Tensor(a!) dx, Tensor(b!)? dweight) -> ()");
+  m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
+  m.def("gelu_backward(Tensor dy, Tensor x, Tensor(a!) dx) -> ()");
+  m.def("swiglu(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
+  m.def(
+      "swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out) -> ()");
+  m.def("instruction_set() -> str");
+}

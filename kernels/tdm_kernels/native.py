@@ -1,0 +1,311 @@
+"""The ops in C++ (csrc/), for CPUs: one pass over memory each, fp32 inside, with backward passes.
+
+Same functions as `reference`, for the layouts the models use: x [B, T, D], modulation
+[B or 1, 1, D] or, for several modulations of one norm, [M, B or 1, 1, D]. Under autocast a norm
+returns autocast's dtype, which the linear after it would have cast to. While torch.compile or
+torch.export traces, the reference is traced in their place: compilers fuse it themselves.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tdm_kernels import reference
+
+LIBRARY = Path(__file__).parent / "libtdm_kernels.so"
+
+
+@lru_cache
+def load() -> str:
+    """Load the library; return "" or why it cannot serve."""
+    if not LIBRARY.is_file():
+        return "is not built: run `make native`"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"does not load: {error}"
+    return ""
+
+
+def instruction_set() -> str:
+    """Name of the kernels this machine runs: "portable", "avx2" or "avx512"."""
+    return _op("instruction_set")()
+
+
+@lru_cache
+def _op(name: str) -> Any:
+    return getattr(torch.ops.tdm_kernels, name).default
+
+
+def norm_modulate(
+    x_BTD: Tensor,
+    scale_BTD: Tensor | None = None,
+    shift_BTD: Tensor | None = None,
+    *,
+    weight_D: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`reference.norm_modulate` in one pass."""
+    if torch.compiler.is_compiling():
+        return reference.norm_modulate(x_BTD, scale_BTD, shift_BTD, weight_D=weight_D, eps=eps)
+    inputs = (_unit(x_BTD), None, None, None, weight_D, scale_BTD, shift_BTD)
+    return _run(inputs, eps, norm=True)[1]
+
+
+def gate_residual(
+    x_BTD: Tensor,
+    branch_BTD: Tensor,
+    gate_BTD: Tensor | None = None,
+    *,
+    branch_weight_D: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`reference.gate_residual` in one pass."""
+    if torch.compiler.is_compiling():
+        return reference.gate_residual(
+            x_BTD, branch_BTD, gate_BTD, branch_weight_D=branch_weight_D, eps=eps
+        )
+    inputs = (_unit(x_BTD), _unit(branch_BTD), gate_BTD, branch_weight_D, None, None, None)
+    return _run(inputs, eps, norm=False)[0]
+
+
+def gate_residual_norm(
+    x_BTD: Tensor,
+    branch_BTD: Tensor,
+    gate_BTD: Tensor | None = None,
+    scale_BTD: Tensor | None = None,
+    shift_BTD: Tensor | None = None,
+    *,
+    branch_weight_D: Tensor | None = None,
+    weight_D: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`reference.gate_residual_norm`: the residual row is normalised while it is in registers."""
+    if torch.compiler.is_compiling():
+        return reference.gate_residual_norm(
+            x_BTD, branch_BTD, gate_BTD, scale_BTD, shift_BTD,
+            branch_weight_D=branch_weight_D, weight_D=weight_D, eps=eps,
+        )  # fmt: skip
+    x_BTD, branch_BTD = _unit(x_BTD), _unit(branch_BTD)
+    inputs = (x_BTD, branch_BTD, gate_BTD, branch_weight_D, weight_D, scale_BTD, shift_BTD)
+    return _run(inputs, eps, norm=True)
+
+
+def _run(inputs: tuple, eps: float, *, norm: bool) -> tuple[Any, Any]:
+    """(h, y); h is None without a branch, y without a norm."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _ResidualNorm.apply(*inputs, eps, norm)
+    return _forward(inputs, eps, norm, None)
+
+
+def _forward(inputs: tuple, eps: float, norm: bool, stats: Tensor | None) -> tuple[Any, Any]:
+    x, branch, gate, branch_weight, weight, scale, shift = inputs
+    scale, shift = _float(scale), (None if scale is None else _float(shift))
+    h = None if branch is None else x.new_empty(x.shape)
+    y = None
+    if norm:
+        shape = x.shape if scale is None or scale.ndim == 3 else (scale.shape[0], *x.shape)
+        y = x.new_empty(shape, dtype=_product_dtype(x))
+    weights = (_float(branch_weight), _float(weight))
+    _op("residual_norm")(x, branch, _float(gate), *weights, scale, shift, eps, h, y, stats)
+    return h, y
+
+
+class _ResidualNorm(torch.autograd.Function):
+    """Gradients of h = x + gate branch' and y = norm(h) scale + shift, from one backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, branch, gate, branch_weight, weight, scale, shift, eps, norm):
+        inputs = (x, branch, gate, branch_weight, weight, scale, shift)
+        stats = x.new_empty((x.shape[0] * x.shape[1], 3), dtype=torch.float32)
+        h, y = _forward(inputs, eps, norm, stats)
+        # Without a norm the backward pass does not read h.
+        ctx.save_for_backward(
+            x if h is None else h, branch, gate, branch_weight, weight, scale, shift, stats
+        )
+        ctx.set_materialize_grads(False)
+        return h, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh, dy):
+        h, branch, gate, branch_weight, weight, scale, shift, stats = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if dh is None and dy is None:
+            return (None,) * 9
+        b, _, d = h.shape
+        dx = h.new_empty(h.shape) if needs[0] else None
+        dbranch = branch.new_empty(branch.shape) if branch is not None and needs[1] else None
+        sets = scale.shape[0] if scale is not None and scale.ndim == 4 else 1
+
+        def sums(wanted: bool, *shape: int) -> Tensor | None:
+            return h.new_zeros(shape, dtype=torch.float64) if wanted else None
+
+        dgate = sums(gate is not None and needs[2], b, d)
+        dbranch_weight = sums(branch_weight is not None and needs[3], b, d)
+        with_norm = dy is not None
+        dweight = sums(with_norm and weight is not None and needs[4], b, d)
+        dscale = sums(with_norm and scale is not None and needs[5], sets, b, d)
+        dshift = sums(
+            with_norm and scale is not None and shift is not None and needs[6], sets, b, d
+        )
+        _op("residual_norm_backward")(
+            _unit(dh), _unit(dy), h, branch, _float(gate), _float(branch_weight), _float(weight),
+            _float(scale), stats, dx, dbranch, dgate, dbranch_weight, dweight, dscale, dshift,
+        )  # fmt: skip
+        return (
+            dx, dbranch, _like(dgate, gate), _summed(dbranch_weight, branch_weight),
+            _summed(dweight, weight), _like(dscale, scale), _like(dshift, shift), None, None,
+        )  # fmt: skip
+
+
+def qk_norm_rope(
+    q_BTNH: Tensor,
+    k_BTNH: Tensor,
+    weight_q_H: Tensor | None = None,
+    weight_k_H: Tensor | None = None,
+    rope_BTNH: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`reference.qk_norm_rope`: norm and rotation of a head in one pass."""
+    if torch.compiler.is_compiling():
+        return reference.qk_norm_rope(q_BTNH, k_BTNH, weight_q_H, weight_k_H, rope_BTNH, eps=eps)
+    q = _head_norm(q_BTNH, weight_q_H, rope_BTNH, eps)
+    return q, _head_norm(k_BTNH, weight_k_H, rope_BTNH, eps)
+
+
+def _head_norm(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float) -> Tensor:
+    if weight is None and rope is None:
+        return x
+    x = _unit(x)
+    needs_grad = x.requires_grad or (weight is not None and weight.requires_grad)
+    if torch.is_grad_enabled() and needs_grad:
+        return _HeadNorm.apply(x, weight, rope, eps)
+    out = x.new_empty(x.shape)
+    _op("head_norm")(x, _float(weight), rope, eps, out)
+    return out
+
+
+class _HeadNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, rope, eps):
+        ctx.save_for_backward(x, weight, rope)
+        ctx.eps = eps
+        out = x.new_empty(x.shape)
+        _op("head_norm")(x, _float(weight), rope, eps, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, weight, rope = ctx.saved_tensors
+        dx = x.new_empty(x.shape)
+        wanted = weight is not None and ctx.needs_input_grad[1]
+        sums = x.new_zeros((x.shape[0], x.shape[3]), dtype=torch.float64) if wanted else None
+        _op("head_norm_backward")(_unit(dout), x, _float(weight), rope, ctx.eps, dx, sums)
+        return dx, _summed(sums, weight), None, None
+
+
+def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+    """`reference.swiglu` in one pass."""
+    if torch.compiler.is_compiling():
+        return reference.swiglu(gate_BTF, up_BTF)
+    gate, up = gate_BTF.contiguous(), up_BTF.to(gate_BTF.dtype).contiguous()
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _SwiGLU.apply(gate, up)
+    out = torch.empty_like(gate)
+    _op("swiglu")(gate, up, out)
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        _op("swiglu")(gate, up, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        _op("swiglu_backward")(dy.contiguous(), gate, up, dgate, dup)
+        return dgate, dup
+
+
+def gelu_tanh(x_BTF: Tensor) -> Tensor:
+    """`reference.gelu_tanh` in one pass."""
+    if torch.compiler.is_compiling():
+        return reference.gelu_tanh(x_BTF)
+    x = x_BTF.contiguous()
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Gelu.apply(x)
+    out = torch.empty_like(x)
+    _op("gelu")(x, out)
+    return out
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        out = torch.empty_like(x)
+        _op("gelu")(x, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        _op("gelu_backward")(dy.contiguous(), x, dx)
+        return dx
+
+
+def joint_attention(
+    q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, mask_B11S: Tensor | None = None
+) -> Tensor:
+    """`reference.joint_attention`; masks and gradients go to the library's kernel."""
+    grad = torch.is_grad_enabled() and (q_BTNH.requires_grad or v_BSNH.requires_grad)
+    if mask_B11S is not None or grad or torch.compiler.is_compiling() or q_BTNH.shape[-1] % 4:
+        return reference.joint_attention(q_BTNH, k_BSNH, v_BSNH, mask_B11S)
+    q, k, v = _unit(q_BTNH), _unit(k_BSNH), _unit(v_BSNH)
+    out = q.new_empty(q.shape)
+    _op("attention")(q, k, v, out)
+    return out.flatten(2)
+
+
+def _unit(x: Any) -> Any:
+    """`x` with unit stride along its last axis."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dtype == torch.float32 else x.float()
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _like(sums: Tensor | None, vector: Tensor | None) -> Tensor | None:
+    """[M, B, D] or [B, D] sums as a modulation vector's gradient, summed where it was shared."""
+    if sums is None or vector is None:
+        return None
+    sums = sums.unsqueeze(-2)
+    if vector.ndim == 3 and sums.ndim == 4:
+        sums = sums[0]
+    return sums.sum_to_size(vector.shape).to(vector.dtype)
+
+
+def _summed(sums: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    return None if sums is None or weight is None else sums.sum(0).to(weight.dtype)

@@ -1,0 +1,163 @@
+"""The C++ ops against the reference in fp64: values, gradients, layouts, and what they refuse."""
+
+import pytest
+import torch
+from tdm_kernels import native, reference, registry
+from tdm_kernels.registry import select
+
+pytestmark = pytest.mark.skipif(bool(native.load()), reason=f"the native library {native.load()}")
+
+DTYPES = [torch.float32, torch.bfloat16]
+SIZES = [(1, 1, 24), (3, 63, 192), (2, 77, 200), (1, 1000, 64)]
+
+
+def randn(*shape, seed, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_as_good(found, like, exact):
+    """Error against fp64 at most twice the reference's in the same dtype, plus 2 ulp (bf16: 1)."""
+    assert found.shape == exact.shape and found.dtype == like.dtype
+    ulp = {torch.float32: 2**-23, torch.bfloat16: 2**-8}[found.dtype]
+    size = exact.abs().max().clamp(min=1.0)
+    error = (found.double() - exact).abs().max()
+    assert error <= 2 * (like.double() - exact).abs().max() + 2 * ulp * size, (error, size)
+
+
+def compare(op, inputs, options):
+    """Values and gradients: native and reference in the inputs' dtypes, and the truth in fp64."""
+    results = [run(module, op, inputs, options) for module in (native, reference)]
+    with pytest.MonkeyPatch.context() as patch:  # the reference computes in fp32: lift that
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        inputs = [None if t is None else t.double() for t in inputs]
+        options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        results.append(run(reference, op, inputs, options))
+    for triple in zip(*results, strict=True):
+        assert_as_good(*triple)
+
+
+def run(module, op, inputs, options):
+    """Outputs of an op, then the gradients of every tensor given to it but the rotary table."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    options = {
+        k: v.detach().requires_grad_() if k.startswith(("weight", "branch")) else v
+        for k, v in options.items()
+    }
+    outputs = getattr(module, op)(*leaves, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = [
+        t for t in (*leaves, *options.values()) if isinstance(t, torch.Tensor) and t.requires_grad
+    ]
+    seeds = [randn(*o.shape, seed=100 + i).to(o.dtype) for i, o in enumerate(outputs)]
+    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, wanted, seeds)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("b", "t", "d"), SIZES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_norm_modulate(b, t, d, dtype, weighted, shared):
+    rows = 1 if shared else b
+    x = randn(b, t, d, seed=1, dtype=dtype) * 3 + 1
+    scale, shift = randn(rows, 1, d, seed=2), randn(rows, 1, d, seed=3)
+    options = {"weight_D": randn(d, seed=4)} if weighted else {}
+    compare("norm_modulate", (x, scale, shift), options)
+    compare("norm_modulate", (x, scale), options)
+    compare("norm_modulate", (x,), {**options, "eps": 1e-3})
+    pair = randn(2, rows, 1, d, seed=5), randn(2, rows, 1, d, seed=6)
+    compare("norm_modulate", (x, *pair), options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("b", "t", "d"), SIZES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gate_residual_and_norm(b, t, d, dtype, weighted):
+    x, branch = randn(b, t, d, seed=1, dtype=dtype), randn(b, t, d, seed=2, dtype=dtype) * 2
+    gate, scale, shift = (randn(b, 1, d, seed=s) for s in (3, 4, 5))
+    branch_weight = {"branch_weight_D": randn(d, seed=6)} if weighted else {}
+    compare("gate_residual", (x, branch, gate), branch_weight)
+    compare("gate_residual", (x, branch), branch_weight)
+    weight = {"weight_D": randn(d, seed=7)} if weighted else {}
+    compare("gate_residual_norm", (x, branch, gate, scale, shift), {**branch_weight, **weight})
+    compare("gate_residual_norm", (x, branch, None, scale), {**branch_weight, **weight})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("b", "t", "heads", "h"), [(1, 1, 1, 64), (3, 63, 3, 64), (2, 77, 2, 128)])
+def test_qk_norm_rope(b, t, heads, h, dtype):
+    packed = randn(b, t, 3, heads, h, seed=1, dtype=dtype) * 2  # strided views, as the models' are
+    q, k = packed[:, :, 0], packed[:, :, 1]
+    weights = randn(h, seed=2), randn(h, seed=3)
+    compare("qk_norm_rope", (q, k, *weights), {})
+    angle = randn(b, t, 1, h // 2, seed=4)
+    rope = torch.stack([angle.cos(), angle.sin()], -1).flatten(-2)
+    for table in (rope, rope[:1]):
+        compare("qk_norm_rope", (q, k, *weights), {"rope_BTNH": table})
+        compare("qk_norm_rope", (q, k), {"rope_BTNH": table})
+    assert native.qk_norm_rope(q, k)[0] is q
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 7), (3, 63, 192), (2, 1000, 33)])
+def test_activations(shape, dtype):
+    x, up = randn(*shape, seed=1, dtype=dtype) * 4, randn(*shape, seed=2, dtype=dtype)
+    compare("gelu_tanh", (x,), {})
+    compare("swiglu", (x, up), {})
+
+
+def test_activations_survive_extremes():
+    x = torch.tensor([[[-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e18, float("nan")]]])
+    found, like = native.gelu_tanh(x), reference.gelu_tanh(x.requires_grad_()).detach()
+    torch.testing.assert_close(found, like, equal_nan=True)
+    found, like = native.swiglu(x, torch.ones_like(x)), reference.swiglu(x, torch.ones_like(x))
+    torch.testing.assert_close(found, like, equal_nan=True, atol=1e-36, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("t", "s", "h"), [(1, 1, 64), (16, 40, 64), (63, 77, 128), (5, 1000, 32)])
+def test_joint_attention(t, s, h, dtype):
+    q = randn(2, t, 3, h, seed=1, dtype=dtype)
+    k, v = randn(2, s, 2, 3, h, seed=2, dtype=dtype).unbind(2)
+    with torch.no_grad():
+        found, like = native.joint_attention(q, k, v), reference.joint_attention(q, k, v)
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            *(x.double().transpose(1, 2) for x in (q, k, v))
+        )
+    assert_as_good(found, like, exact.transpose(1, 2).flatten(2))
+
+
+def test_a_group_of_one_prompt_is_read_from_a_single_row():
+    x = randn(4, 9, 32, seed=1)[:1].expand(4, -1, -1)
+    found = native.norm_modulate(x, randn(1, 1, 32, seed=2), randn(1, 1, 32, seed=3))
+    assert (found == found[:1]).all()
+
+
+def test_autocast_returns_what_the_next_linear_reads():
+    x = randn(2, 5, 32, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = native.norm_modulate(x)
+    torch.testing.assert_close(y, reference.norm_modulate(x).bfloat16(), rtol=0, atol=0)
+
+
+def test_refuses_what_the_kernels_cannot_read():
+    x = randn(2, 5, 32, seed=1)
+    for call, message in (
+        (lambda: native.norm_modulate(x, randn(2, 5, 32, seed=2)), "scale must be"),
+        (lambda: native.norm_modulate(x.half()), "float32 or bfloat16"),
+        (lambda: native.gate_residual(x, x[:, :4]), "branch must be"),
+        (lambda: native.norm_modulate(x, weight_D=randn(31, seed=2)), "weight must be 32"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+def test_auto_takes_native_on_a_cpu_and_explains_elsewhere():
+    ops = select("auto", "cpu", torch.float32)
+    assert ops.norm_modulate is native.norm_modulate
+    assert ops.solver_step is reference.solver_step
+    assert select("auto", "cpu", torch.float16).gelu_tanh is reference.gelu_tanh
+    table = registry.explain("cuda", torch.bfloat16)
+    assert table["swiglu"]["native"] == "runs on a CPU only"
+    with pytest.raises(ValueError, match="not in torch.float16"):
+        select("native", "cpu", torch.float16)
+    assert native.instruction_set() in ("portable", "avx2", "avx512")
