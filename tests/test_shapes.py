@@ -101,6 +101,17 @@ def test_strict_verdicts_on_known_scenes(caption, things, strict):
     assert (verdict.dense == 1.0) == (strict == 1)
 
 
+@pytest.mark.parametrize(("lobes", "depth"), [(2, 0.15), (3, 0.1), (4, 0.1), (5, 0.15)])
+def test_a_wobbly_blob_is_no_circle(lobes, depth):
+    angle = np.linspace(0, 2 * np.pi, 400, endpoint=False)
+    for radius, passes in ((48 + 0 * angle, 1), (48 * (1 + depth * np.cos(lobes * angle)), 0)):
+        canvas = Image.new("RGB", (256, 256), (250, 250, 250))
+        outline = zip(128 + radius * np.cos(angle), 128 + radius * np.sin(angle), strict=True)
+        ImageDraw.Draw(canvas).polygon(list(outline), fill=shapes.COLOURS["red"])
+        picture = np.asarray(canvas.resize((64, 64), Image.Resampling.BOX))
+        assert shapes.check("a red circle", picture).strict == passes
+
+
 def test_dense_score_rises_with_every_clause():
     caption = "four green squares"
     spots = [(14, 14), (50, 14), (14, 50), (50, 50)]
