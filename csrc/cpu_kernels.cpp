@@ -391,41 +391,78 @@ TDM_BY_TYPE(swiglu)
 TDM_BY_TYPE(swiglu_backward)
 #undef TDM_BY_TYPE
 
-// One head at a time: keys transposed once, so that every inner loop runs along keys or along H.
+// A register's worth of floats; unaligned in memory.
+using Vec = float __attribute__((vector_size(TDM_LANES * 4)));
+constexpr int kLanes = TDM_LANES, kMaxVecs = TDM_LANES == 16 ? 4 : 2, kQueries = 4;
+
+inline Vec vec_at(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// c [kQueries, NV * kLanes] = a [kQueries, depth] b [depth, NV * kLanes], all in registers.
+template <int NV>
+inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth,
+                 float* c, int64_t c_row) {
+  Vec sum[kQueries][NV] = {};
+  for (int64_t d = 0; d < depth; d++) {
+    Vec right[NV];
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; i++) right[i] = vec_at(b + d * b_row + i * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kQueries; r++) {
+      const float left = a[r * a_row + d];
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; i++) sum[r][i] += left * right[i];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kQueries; r++)
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; i++) std::memcpy(c + r * c_row + i * kLanes, &sum[r][i], sizeof(Vec));
+}
+
+// The same for any `width` that is a multiple of kLanes.
+void product(const float* a, int64_t a_row, const float* b, int64_t width, int64_t depth, float* c) {
+  int64_t x = 0;
+  for (; x + kMaxVecs * kLanes <= width; x += kMaxVecs * kLanes)
+    tile<kMaxVecs>(a, a_row, b + x, width, depth, c + x, width);
+  for (; x < width; x += kLanes) tile<1>(a, a_row, b + x, width, depth, c + x, width);
+}
+
+// One head at a time, a few queries at a time: its keys (transposed) and values are widened once.
 void attention(const Attention& p, int64_t head0, int64_t head1) {
   const int64_t S = p.S, H = p.H;
-  std::vector<float> keys(H * S), values(S * H), q(H), weights(S), o(H);
+  const int64_t keys_width = (S + kLanes - 1) / kLanes * kLanes;
+  const int64_t out_width = (H + kLanes - 1) / kLanes * kLanes;
+  std::vector<float> keys(H * keys_width), values(S * out_width), q(kQueries * H);
+  std::vector<float> weights(kQueries * keys_width), o(kQueries * out_width);
   const float scale = 1.0f / std::sqrt(float(H));
   for (int64_t index = head0; index < head1; index++) {
     const int64_t b = index / p.N, n = index % p.N;
     const Rows k = head(p.k, p.k_head, n), v = head(p.v, p.v_head, n);
     for (int64_t s = 0; s < S; s++) {
-      read(o.data(), k, b, s, H);
-      for (int64_t d = 0; d < H; d++) keys[d * S + s] = o[d];
-      read(values.data() + s * H, v, b, s, H);
+      read(q.data(), k, b, s, H);
+      for (int64_t d = 0; d < H; d++) keys[d * keys_width + s] = q[d];
+      read(values.data() + s * out_width, v, b, s, H);
     }
-    for (int64_t t = 0; t < p.T; t++) {
-      read(q.data(), head(p.q, p.q_head, n), b, t, H);
-      float* __restrict w = weights.data();
-      for (int64_t s = 0; s < S; s++) w[s] = 0.0f;
-      for (int64_t d = 0; d + 3 < H; d += 4) {
-        const float a0 = q[d], a1 = q[d + 1], a2 = q[d + 2], a3 = q[d + 3];
-        const float* __restrict row = keys.data() + d * S;
-        for (int64_t s = 0; s < S; s++)
-          w[s] += a0 * row[s] + a1 * row[S + s] + a2 * row[2 * S + s] + a3 * row[3 * S + s];
+    for (int64_t t0 = 0; t0 < p.T; t0 += kQueries) {
+      const int64_t rows = p.T - t0 < kQueries ? p.T - t0 : kQueries;
+      for (int64_t r = 0; r < rows; r++)
+        read(q.data() + r * H, head(p.q, p.q_head, n), b, t0 + r, H);
+      product(q.data(), H, keys.data(), keys_width, H, weights.data());
+      for (int64_t r = 0; r < rows; r++) {
+        float* __restrict w = weights.data() + r * keys_width;
+        float top = w[0];
+        for (int64_t s = 1; s < S; s++) top = w[s] > top ? w[s] : top;
+        for (int64_t s = 0; s < S; s++) w[s] = exponential((w[s] - top) * scale);
+        const float norm = 1.0f / total(w, S);
+        for (int64_t s = 0; s < S; s++) w[s] *= norm;
       }
-      float top = w[0];
-      for (int64_t s = 1; s < S; s++) top = w[s] > top ? w[s] : top;
-      for (int64_t s = 0; s < S; s++) w[s] = exponential((w[s] - top) * scale);
-      const float norm = 1.0f / total(w, S);
-      float* __restrict sum = o.data();
-      for (int64_t d = 0; d < H; d++) sum[d] = 0.0f;
-      for (int64_t s = 0; s < S; s++) {
-        const float a = w[s] * norm;
-        const float* __restrict row = values.data() + s * H;
-        for (int64_t d = 0; d < H; d++) sum[d] += a * row[d];
-      }
-      write(head(p.out, p.out_head, n), b, t, sum, H);
+      product(weights.data(), keys_width, values.data(), out_width, S, o.data());
+      for (int64_t r = 0; r < rows; r++)
+        write(head(p.out, p.out_head, n), b, t0 + r, o.data() + r * out_width, H);
     }
   }
 }

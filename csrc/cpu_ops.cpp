@@ -11,17 +11,35 @@
 namespace tdm {
 namespace {
 
-const Kernels& kernels() {
-  static const Kernels chosen = [] {
+bool runs_avx2() {
 #ifdef TDM_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      return avx512::kernels();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels();
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return false;
 #endif
-    return portable::kernels();
-  }();
+}
+
+bool runs_avx512() {
+#ifdef TDM_X86
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+  return false;
+#endif
+}
+
+Kernels named(const std::string& name) {
+#ifdef TDM_X86
+  if (name == "avx512" && runs_avx512()) return avx512::kernels();
+  if (name == "avx2" && runs_avx2()) return avx2::kernels();
+#endif
+  STD_TORCH_CHECK(name == "portable", "instruction set ", name, " is not available here");
+  return portable::kernels();
+}
+
+Kernels& kernels() {
+  static Kernels chosen = named(runs_avx512() ? "avx512" : runs_avx2() ? "avx2" : "portable");
   return chosen;
 }
 
@@ -178,15 +196,17 @@ void attention(Tensor q, Tensor k, Tensor v, Tensor out) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be [B, T, N, H]");
   Attention p{};
   p.B = q.size(0), p.T = q.size(1), p.N = q.size(2), p.H = q.size(3), p.S = k.size(1);
-  STD_TORCH_CHECK(p.H % 4 == 0 && p.S > 0, "the head width must be a multiple of 4");
+  STD_TORCH_CHECK(p.S > 0, "there must be a key");
   p.q = heads_of(q, "q", p.B, p.T, p.N, p.H, p.q_head);
   p.k = heads_of(k, "k", p.B, p.S, p.N, p.H, p.k_head);
   p.v = heads_of(v, "v", p.B, p.S, p.N, p.H, p.v_head);
   p.out = heads_of(out, "out", p.B, p.T, p.N, p.H, p.out_head);
-  run(kernels().attention, p, p.B * p.N, p.T * p.S * 8);
+  run(kernels().attention, p, p.B * p.N, p.T * p.S * p.H / 8);
 }
 
 std::string instruction_set() { return kernels().name; }
+
+void use_instruction_set(std::string name) { kernels() = named(name); }
 
 }  // namespace
 }  // namespace tdm
@@ -205,4 +225,5 @@ STABLE_TORCH_LIBRARY_IMPL(tdm_kernels, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(tdm_kernels, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&tdm::instruction_set));
+  m.impl("use_instruction_set", TORCH_BOX(&tdm::use_instruction_set));
 }

@@ -24,4 +24,5 @@ STABLE_TORCH_LIBRARY(tdm_kernels, m) {
       "swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out) -> ()");
   m.def("instruction_set() -> str");
+  m.def("use_instruction_set(str name) -> ()");
 }

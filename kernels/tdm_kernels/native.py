@@ -1,9 +1,10 @@
 """The ops in C++ (csrc/), for CPUs: one pass over memory each, fp32 inside, with backward passes.
 
 Same functions as `reference`, for the layouts the models use: x [B, T, D], modulation
-[B or 1, 1, D] or, for several modulations of one norm, [M, B or 1, 1, D]. Under autocast a norm
-returns autocast's dtype, which the linear after it would have cast to. While torch.compile or
-torch.export traces, the reference is traced in their place: compilers fuse it themselves.
+[B or 1, 1, D] or, for several modulations of one norm, [M, B or 1, 1, D]. Under autocast an op
+returns what its reader would cast to: a norm autocast's dtype for the linear after it, q and k fp32
+for attention. While torch.compile or torch.export traces, the reference is traced in their place:
+compilers fuse it themselves.
 """
 
 from __future__ import annotations
@@ -36,6 +37,14 @@ def load() -> str:
 def instruction_set() -> str:
     """Name of the kernels this machine runs: "portable", "avx2" or "avx512"."""
     return _op("instruction_set")()
+
+
+def use_instruction_set(name: str) -> None:
+    """Run other kernels than the fastest, to test and to time them.
+
+    Raises RuntimeError for a set this machine lacks.
+    """
+    _op("use_instruction_set")(name)
 
 
 @lru_cache
@@ -188,7 +197,13 @@ def _head_norm(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float
     needs_grad = x.requires_grad or (weight is not None and weight.requires_grad)
     if torch.is_grad_enabled() and needs_grad:
         return _HeadNorm.apply(x, weight, rope, eps)
-    out = x.new_empty(x.shape)
+    return _head_norm_forward(x, weight, rope, eps)
+
+
+def _head_norm_forward(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float) -> Tensor:
+    # Autocast's attention computes in fp32 on a CPU: handing it fp32 saves the cast.
+    dtype = torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype
+    out = x.new_empty(x.shape, dtype=dtype)
     _op("head_norm")(x, _float(weight), rope, eps, out)
     return out
 
@@ -198,9 +213,7 @@ class _HeadNorm(torch.autograd.Function):
     def forward(ctx, x, weight, rope, eps):
         ctx.save_for_backward(x, weight, rope)
         ctx.eps = eps
-        out = x.new_empty(x.shape)
-        _op("head_norm")(x, _float(weight), rope, eps, out)
-        return out
+        return _head_norm_forward(x, weight, rope, eps)
 
     @staticmethod
     @once_differentiable
@@ -276,7 +289,7 @@ def joint_attention(
 ) -> Tensor:
     """`reference.joint_attention`; masks and gradients go to the library's kernel."""
     grad = torch.is_grad_enabled() and (q_BTNH.requires_grad or v_BSNH.requires_grad)
-    if mask_B11S is not None or grad or torch.compiler.is_compiling() or q_BTNH.shape[-1] % 4:
+    if mask_B11S is not None or grad or torch.compiler.is_compiling():
         return reference.joint_attention(q_BTNH, k_BSNH, v_BSNH, mask_B11S)
     q, k, v = _unit(q_BTNH), _unit(k_BSNH), _unit(v_BSNH)
     out = q.new_empty(q.shape)
