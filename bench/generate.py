@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tdm_kernels import native
 
 from bench.timing import environment, interleaved, report
 from tdm_r1.engine import Engine, to_output
@@ -172,6 +173,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     facts = {"model": arguments.model, "solver": engine.schedule.solver}
     facts["steps"] = engine.schedule.num_steps
+    facts["dtype"] = str(engine.pipeline.transformer.dtype).removeprefix("torch.")
+    facts["kernels"] = "reference" if native.load() else f"native {native.instruction_set()}"
     report({"bench": "generate", **facts, **environment(), "rows": rows}, arguments.output)
     return 0
 
