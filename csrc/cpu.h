@@ -80,6 +80,19 @@ struct Attention {
   int64_t q_head = 0, k_head = 0, v_head = 0, out_head = 0;
 };
 
+// out [M, N] = x [M, K] W^T + bias. `panels` is W [N, K] cut along N into pieces of kPanel columns,
+// each stored as [K, kPanel], the last one filled up with zeros.
+constexpr int64_t kPanel = 32, kPanelRows = 64;  // an item of work: one panel, 64 rows of x
+
+struct Linear {
+  int64_t M, N, K;
+  const float* x = nullptr;
+  int64_t x_row = 0;
+  const float* panels = nullptr;
+  const float* bias = nullptr;
+  float* out = nullptr;
+};
+
 // One function per kernel and pass; each does the half-open range of the index named first.
 struct Kernels {
   const char* name;
@@ -92,6 +105,7 @@ struct Kernels {
   void (*swiglu)(const Elementwise&, int64_t i0, int64_t i1);
   void (*swiglu_backward)(const Elementwise&, int64_t i0, int64_t i1);
   void (*attention)(const Attention&, int64_t head0, int64_t head1);
+  void (*linear)(const Linear&, int64_t item0, int64_t item1);
 };
 
 namespace portable {

@@ -401,34 +401,85 @@ inline Vec vec_at(const float* p) {
   return v;
 }
 
-// c [kQueries, NV * kLanes] = a [kQueries, depth] b [depth, NV * kLanes], all in registers.
-template <int NV>
+// c [R, NV * kLanes] = a [R, depth] b [depth, NV * kLanes] + start, all in registers; `start` is
+// null, one row for all (start_row 0), or c itself.
+template <int R, int NV>
 inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth,
-                 float* c, int64_t c_row) {
-  Vec sum[kQueries][NV] = {};
+                 const float* start, int64_t start_row, float* c, int64_t c_row) {
+  Vec sum[R][NV] = {};
   for (int64_t d = 0; d < depth; d++) {
     Vec right[NV];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < NV; i++) right[i] = vec_at(b + d * b_row + i * kLanes);
-#pragma GCC unroll 4
-    for (int r = 0; r < kQueries; r++) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
       const float left = a[r * a_row + d];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < NV; i++) sum[r][i] += left * right[i];
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < kQueries; r++)
-#pragma GCC unroll 4
-    for (int i = 0; i < NV; i++) std::memcpy(c + r * c_row + i * kLanes, &sum[r][i], sizeof(Vec));
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 8
+    for (int i = 0; i < NV; i++) {
+      const Vec v = start ? sum[r][i] + vec_at(start + r * start_row + i * kLanes) : sum[r][i];
+      std::memcpy(c + r * c_row + i * kLanes, &v, sizeof v);
+    }
+  }
 }
 
-// The same for any `width` that is a multiple of kLanes.
+// c [kQueries, width] = a b for a `width` that is a multiple of kLanes.
 void product(const float* a, int64_t a_row, const float* b, int64_t width, int64_t depth, float* c) {
   int64_t x = 0;
   for (; x + kMaxVecs * kLanes <= width; x += kMaxVecs * kLanes)
-    tile<kMaxVecs>(a, a_row, b + x, width, depth, c + x, width);
-  for (; x < width; x += kLanes) tile<1>(a, a_row, b + x, width, depth, c + x, width);
+    tile<kQueries, kMaxVecs>(a, a_row, b + x, width, depth, nullptr, 0, c + x, width);
+  for (; x < width; x += kLanes)
+    tile<kQueries, 1>(a, a_row, b + x, width, depth, nullptr, 0, c + x, width);
+}
+
+template <int R>
+inline void panel_rows(const float* x, int64_t x_row, const float* panel, int64_t K,
+                       const float* bias, float* out, int64_t out_row) {
+  // Sums in pieces of 256: as exact as the library's, which blocks too.
+  for (int64_t k = 0; k < K; k += 256)
+    for (int64_t c = 0; c < kPanel; c += 2 * kLanes) {
+      const float* start = k ? out + c : bias ? bias + c : nullptr;
+      tile<R, 2>(x + k, x_row, panel + k * kPanel + c, kPanel, K - k < 256 ? K - k : 256, start,
+                 k ? out_row : 0, out + c, out_row);
+    }
+}
+
+void linear(const Linear& p, int64_t item0, int64_t item1) {
+  constexpr int kRows = kLanes == 16 ? 8 : 4;
+  const int64_t chunks = (p.M + kPanelRows - 1) / kPanelRows;
+  float edge[kRows * kPanel], edge_bias[kPanel];
+  for (int64_t item = item0; item < item1; item++) {  // chunks inside: a panel stays in the cache
+    const int64_t n0 = item / chunks * kPanel, first = item % chunks * kPanelRows;
+    const int64_t last = first + kPanelRows < p.M ? first + kPanelRows : p.M;
+    const int64_t columns = p.N - n0 < kPanel ? p.N - n0 : kPanel;
+    const float* panel = p.panels + n0 * p.K;
+    const float* bias = p.bias ? p.bias + n0 : nullptr;
+    if (bias && columns < kPanel) {
+      for (int64_t c = 0; c < kPanel; c++) edge_bias[c] = c < columns ? bias[c] : 0.0f;
+      bias = edge_bias;
+    }
+    for (int64_t m = first; m < last;) {
+      const float* x = p.x + m * p.x_row;
+      float* out = p.out + m * p.N + n0;
+      const int64_t rows = last - m < kRows ? 1 : kRows;
+      const bool whole = columns == kPanel;
+      float* target = whole ? out : edge;
+      const int64_t target_row = whole ? p.N : kPanel;
+      if (rows == kRows)
+        panel_rows<kRows>(x, p.x_row, panel, p.K, bias, target, target_row);
+      else
+        panel_rows<1>(x, p.x_row, panel, p.K, bias, target, target_row);
+      if (!whole)
+        for (int64_t r = 0; r < rows; r++)
+          std::memcpy(out + r * p.N, edge + r * kPanel, columns * sizeof(float));
+      m += rows;
+    }
+  }
 }
 
 // One head at a time, a few queries at a time: its keys (transposed) and values are widened once.
@@ -475,7 +526,7 @@ void attention(const Attention& p, int64_t head0, int64_t head1) {
 Kernels kernels() {
   return {TDM_STRING(TDM_ISA), residual_norm, residual_norm_backward, head_norm,
           head_norm_backward,  gelu,          gelu_backward,          swiglu,
-          swiglu_backward,     attention};
+          swiglu_backward,     attention,     linear};
 }
 
 }  // namespace tdm::TDM_ISA

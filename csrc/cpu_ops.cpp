@@ -204,6 +204,35 @@ void attention(Tensor q, Tensor k, Tensor v, Tensor out) {
   run(kernels().attention, p, p.B * p.N, p.T * p.S * p.H / 8);
 }
 
+void pack_panels(Tensor weight, Tensor panels) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight must be contiguous [N, K]");
+  const int64_t N = weight.size(0), K = weight.size(1), count = (N + kPanel - 1) / kPanel;
+  const float* from = floats_of(weight, "weight", N * K);
+  float* to = floats_of(panels, "panels", count * kPanel * K);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++)
+      for (int64_t c = 0; c < kPanel; c++)
+        for (int64_t k = 0; k < K; k++) {
+          const int64_t n = p * kPanel + c;
+          to[(p * K + k) * kPanel + c] = n < N ? from[n * K + k] : 0.0f;
+        }
+  });
+}
+
+void linear(Tensor x, Tensor panels, Optional bias, int64_t N, Tensor out) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.stride(1) == 1, "x must be [M, K] with unit stride along K");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x must be float32");
+  Linear p{};
+  p.M = x.size(0), p.N = N, p.K = x.size(1);
+  const int64_t count = (N + kPanel - 1) / kPanel, chunks = (p.M + kPanelRows - 1) / kPanelRows;
+  p.x = static_cast<const float*>(x.data_ptr());
+  p.x_row = x.stride(0);
+  p.panels = floats_of(panels, "panels", count * kPanel * p.K);
+  p.bias = floats_of(bias, "bias", N);
+  p.out = floats_of(out, "out", p.M * N);
+  run(kernels().linear, p, count * chunks, std::min(p.M, kPanelRows) * kPanel * p.K / 16);
+}
+
 std::string instruction_set() { return kernels().name; }
 
 void use_instruction_set(std::string name) { kernels() = named(name); }
@@ -221,6 +250,8 @@ STABLE_TORCH_LIBRARY_IMPL(tdm_kernels, CPU, m) {
   m.impl("swiglu", TORCH_BOX(&tdm::swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&tdm::swiglu_backward));
   m.impl("attention", TORCH_BOX(&tdm::attention));
+  m.impl("pack_panels", TORCH_BOX(&tdm::pack_panels));
+  m.impl("linear", TORCH_BOX(&tdm::linear));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tdm_kernels, CompositeExplicitAutograd, m) {

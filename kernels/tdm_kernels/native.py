@@ -9,17 +9,22 @@ compilers fuse it themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tdm_kernels import reference
+from tdm_kernels.layout import product_dtype, unit, vector_grad, weight_grad
 
 LIBRARY = Path(__file__).parent / "libtdm_kernels.so"
+_PANEL = 32  # kPanel of csrc/cpu.h
+_MAX_PANELLED = 2**22  # weights: 16 MB
 
 
 @lru_cache
@@ -63,7 +68,7 @@ def norm_modulate(
     """`reference.norm_modulate` in one pass."""
     if torch.compiler.is_compiling():
         return reference.norm_modulate(x_BTD, scale_BTD, shift_BTD, weight_D=weight_D, eps=eps)
-    inputs = (_unit(x_BTD), None, None, None, weight_D, scale_BTD, shift_BTD)
+    inputs = (unit(x_BTD), None, None, None, weight_D, scale_BTD, shift_BTD)
     return _run(inputs, eps, norm=True)[1]
 
 
@@ -80,7 +85,7 @@ def gate_residual(
         return reference.gate_residual(
             x_BTD, branch_BTD, gate_BTD, branch_weight_D=branch_weight_D, eps=eps
         )
-    inputs = (_unit(x_BTD), _unit(branch_BTD), gate_BTD, branch_weight_D, None, None, None)
+    inputs = (unit(x_BTD), unit(branch_BTD), gate_BTD, branch_weight_D, None, None, None)
     return _run(inputs, eps, norm=False)[0]
 
 
@@ -101,7 +106,7 @@ def gate_residual_norm(
             x_BTD, branch_BTD, gate_BTD, scale_BTD, shift_BTD,
             branch_weight_D=branch_weight_D, weight_D=weight_D, eps=eps,
         )  # fmt: skip
-    x_BTD, branch_BTD = _unit(x_BTD), _unit(branch_BTD)
+    x_BTD, branch_BTD = unit(x_BTD), unit(branch_BTD)
     inputs = (x_BTD, branch_BTD, gate_BTD, branch_weight_D, weight_D, scale_BTD, shift_BTD)
     return _run(inputs, eps, norm=True)
 
@@ -120,7 +125,7 @@ def _forward(inputs: tuple, eps: float, norm: bool, stats: Tensor | None) -> tup
     y = None
     if norm:
         shape = x.shape if scale is None or scale.ndim == 3 else (scale.shape[0], *x.shape)
-        y = x.new_empty(shape, dtype=_product_dtype(x))
+        y = x.new_empty(shape, dtype=product_dtype(x))
     weights = (_float(branch_weight), _float(weight))
     _op("residual_norm")(x, branch, _float(gate), *weights, scale, shift, eps, h, y, stats)
     return h, y
@@ -148,6 +153,7 @@ class _ResidualNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if dh is None and dy is None:
             return (None,) * 9
+        dh, dy = (None if g is None else unit(g) for g in (dh, dy))
         b, _, d = h.shape
         dx = h.new_empty(h.shape) if needs[0] else None
         dbranch = branch.new_empty(branch.shape) if branch is not None and needs[1] else None
@@ -156,21 +162,20 @@ class _ResidualNorm(torch.autograd.Function):
         def sums(wanted: bool, *shape: int) -> Tensor | None:
             return h.new_zeros(shape, dtype=torch.float64) if wanted else None
 
-        dgate = sums(gate is not None and needs[2], b, d)
+        dgate = sums(gate is not None and needs[2], 1, b, 1, d)
         dbranch_weight = sums(branch_weight is not None and needs[3], b, d)
         with_norm = dy is not None
         dweight = sums(with_norm and weight is not None and needs[4], b, d)
-        dscale = sums(with_norm and scale is not None and needs[5], sets, b, d)
-        dshift = sums(
-            with_norm and scale is not None and shift is not None and needs[6], sets, b, d
-        )
-        _op("residual_norm_backward")(
-            _unit(dh), _unit(dy), h, branch, _float(gate), _float(branch_weight), _float(weight),
-            _float(scale), stats, dx, dbranch, dgate, dbranch_weight, dweight, dscale, dshift,
-        )  # fmt: skip
+        scaled = with_norm and scale is not None
+        dscale = sums(scaled and needs[5], sets, b, 1, d)
+        dshift = sums(scaled and shift is not None and needs[6], sets, b, 1, d)
+        weights = (_float(gate), _float(branch_weight), _float(weight), _float(scale))
+        sums_out = (dgate, dbranch_weight, dweight, dscale, dshift)
+        _op("residual_norm_backward")(dh, dy, h, branch, *weights, stats, dx, dbranch, *sums_out)
         return (
-            dx, dbranch, _like(dgate, gate), _summed(dbranch_weight, branch_weight),
-            _summed(dweight, weight), _like(dscale, scale), _like(dshift, shift), None, None,
+            dx, dbranch, vector_grad(dgate, gate), weight_grad(dbranch_weight, branch_weight),
+            weight_grad(dweight, weight), vector_grad(dscale, scale), vector_grad(dshift, shift),
+            None, None,
         )  # fmt: skip
 
 
@@ -193,7 +198,7 @@ def qk_norm_rope(
 def _head_norm(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float) -> Tensor:
     if weight is None and rope is None:
         return x
-    x = _unit(x)
+    x = unit(x)
     needs_grad = x.requires_grad or (weight is not None and weight.requires_grad)
     if torch.is_grad_enabled() and needs_grad:
         return _HeadNorm.apply(x, weight, rope, eps)
@@ -222,8 +227,8 @@ class _HeadNorm(torch.autograd.Function):
         dx = x.new_empty(x.shape)
         wanted = weight is not None and ctx.needs_input_grad[1]
         sums = x.new_zeros((x.shape[0], x.shape[3]), dtype=torch.float64) if wanted else None
-        _op("head_norm_backward")(_unit(dout), x, _float(weight), rope, ctx.eps, dx, sums)
-        return dx, _summed(sums, weight), None, None
+        _op("head_norm_backward")(unit(dout), x, _float(weight), rope, ctx.eps, dx, sums)
+        return dx, weight_grad(sums, weight), None, None
 
 
 def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
@@ -291,34 +296,46 @@ def joint_attention(
     grad = torch.is_grad_enabled() and (q_BTNH.requires_grad or v_BSNH.requires_grad)
     if mask_B11S is not None or grad or torch.compiler.is_compiling():
         return reference.joint_attention(q_BTNH, k_BSNH, v_BSNH, mask_B11S)
-    q, k, v = _unit(q_BTNH), _unit(k_BSNH), _unit(v_BSNH)
+    q, k, v = unit(q_BTNH), unit(k_BSNH), unit(v_BSNH)
     out = q.new_empty(q.shape)
     _op("attention")(q, k, v, out)
     return out.flatten(2)
 
 
-def _unit(x: Any) -> Any:
-    """`x` with unit stride along its last axis."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+def pack_linear(
+    weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """`reference.pack_linear` over a copy of the weight in the order the kernel reads it."""
+    # Larger weights do not stay in the caches: the library's matrix product streams them as fast.
+    if weight_FD.dtype != torch.float32 or weight_FD.numel() > _MAX_PANELLED:
+        return reference.pack_linear(weight_FD, bias_F, sources)
+    return PanelLinear(weight_FD, bias_F, sources)
+
+
+class PanelLinear:
+    """x W^T + b from panels of W, remade after an in-place update of any of `sources`."""
+
+    def __init__(self, weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor]) -> None:
+        self.weight, self.bias, self.sources = weight_FD, bias_F, tuple(sources)
+        width, depth = weight_FD.shape
+        self.panels = weight_FD.new_empty(-(-width // _PANEL) * _PANEL * depth)
+        self.version = -1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [..., F] for x [..., D]; half precision and autocast go to the library."""
+        half = x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        if half or torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias)
+        version = sum(source._version for source in self.sources)
+        if version != self.version:
+            _op("pack_panels")(self.weight, self.panels)
+            self.version = version
+        width, depth = self.weight.shape
+        rows = x if x.ndim == 2 and x.stride(1) == 1 else x.reshape(-1, depth)
+        out = rows.new_empty((len(rows), width))
+        _op("linear")(unit(rows), self.panels, self.bias, width, out)
+        return out.view(*x.shape[:-1], width)
 
 
 def _float(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dtype == torch.float32 else x.float()
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-
-
-def _like(sums: Tensor | None, vector: Tensor | None) -> Tensor | None:
-    """[M, B, D] or [B, D] sums as a modulation vector's gradient, summed where it was shared."""
-    if sums is None or vector is None:
-        return None
-    sums = sums.unsqueeze(-2)
-    if vector.ndim == 3 and sums.ndim == 4:
-        sums = sums[0]
-    return sums.sum_to_size(vector.shape).to(vector.dtype)
-
-
-def _summed(sums: Tensor | None, weight: Tensor | None) -> Tensor | None:
-    return None if sums is None or weight is None else sums.sum(0).to(weight.dtype)

@@ -13,6 +13,8 @@ and shift [2, B, 1, D], and then returns [2, B, T, D].
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +128,17 @@ def joint_attention(
     with torch.autocast("cpu", enabled=False):
         out = _attend(q_BTNH.float(), k_BSNH.float(), v_BSNH.float(), mask_B11S)
     return out.to(q_BTNH.dtype)
+
+
+def pack_linear(
+    weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """Return x -> x W^T + b, for inference: whatever is prepared is prepared once.
+
+    `sources` are the parameters whose storage the weight shares: an implementation that keeps a
+    copy watches their versions.
+    """
+    return partial(F.linear, weight=weight_FD, bias=bias_F)
 
 
 def solver_step(

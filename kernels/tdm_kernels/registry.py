@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -34,6 +35,7 @@ class Ops:
     swiglu: Callable
     gelu_tanh: Callable
     joint_attention: Callable
+    pack_linear: Callable
     solver_step: Callable
 
 
@@ -41,13 +43,14 @@ class Ops:
 class Impl:
     """One implementation of one op.
 
+    `fn` is the function, or "module:function" where importing the module needs an optional package.
     `check` returns "" where the implementation can run and the reason where it cannot. `grad` says
     whether it has a backward pass; one without is never selected for training.
     """
 
     op: str
     backend: str
-    fn: Callable
+    fn: Callable | str
     check: Callable[[Target], str]
     grad: bool
 
@@ -57,8 +60,27 @@ class Impl:
             return "has no backward pass"
         return self.check(target)
 
+    def bind(self) -> Callable:
+        """Return the function, its module imported."""
+        if not isinstance(self.fn, str):
+            return self.fn
+        module, _, name = self.fn.partition(":")
+        return getattr(importlib.import_module(module), name)
+
 
 def _always(_target: Target) -> str:
+    return ""
+
+
+def _triton(target: Target) -> str:
+    if target.device.type != "cuda":
+        return "needs a CUDA device"
+    if target.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"reads float32, bfloat16 and float16, not {target.dtype}"
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        return "is not installed"
     return ""
 
 
@@ -72,9 +94,18 @@ def _native(target: Target) -> str:
 
 OP_NAMES = tuple(field.name for field in fields(Ops))
 # Fastest first: "auto" takes the first backend whose check passes, op by op.
-BACKENDS = ("native", "reference")
+BACKENDS = ("triton", "native", "reference")
+TRITON_OPS = {
+    "norm_modulate": "tdm_kernels.norm:norm_modulate",
+    "gate_residual": "tdm_kernels.norm:gate_residual",
+    "gate_residual_norm": "tdm_kernels.norm:gate_residual_norm",
+    "qk_norm_rope": "tdm_kernels.qk_norm_rope:qk_norm_rope",
+    "swiglu": "tdm_kernels.glu:swiglu",
+    "gelu_tanh": "tdm_kernels.glu:gelu_tanh",
+}
 NATIVE_OPS = tuple(op for op in OP_NAMES if hasattr(native, op))
 IMPLS = (
+    *(Impl(op, "triton", fn, _triton, grad=True) for op, fn in TRITON_OPS.items()),
     *(Impl(op, "native", getattr(native, op), _native, grad=True) for op in NATIVE_OPS),
     *(Impl(op, "reference", getattr(reference, op), _always, grad=True) for op in OP_NAMES),
 )
@@ -111,7 +142,7 @@ def select(
             f"backend={backend!r} cannot run {missing} on {target}: {'; '.join(refused)}"
         )
     logger.debug("ops for %s: %s", target, {op: impl.backend for op, impl in chosen.items()})
-    return Ops(**{op: impl.fn for op, impl in chosen.items()})
+    return Ops(**{op: impl.bind() for op, impl in chosen.items()})
 
 
 def explain(

@@ -7,11 +7,10 @@ vectors, C latent channels, h w latent height and width, p patch size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from tdm_kernels import Ops, select
 from torch import Tensor, nn
 
@@ -52,14 +51,15 @@ def unpatchify(x_Bnf: Tensor, height: int, width: int, patch: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, height, width)
 
 
-def pack_linears(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None] | None:
+def join_linears(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
     """Join linears that read the same input into one (weight, bias), detached.
 
     The parameters become views of the joint storage: no memory is added, and in-place updates of
-    either are seen by both. None if one of them is not a plain nn.Linear (a LoRA wrapper, say).
+    either are seen by both.
     """
-    if any(type(linear) is not nn.Linear for linear in linears):
-        return None
+    if len(linears) == 1:
+        bias = linears[0].bias
+        return linears[0].weight.detach(), None if bias is None else bias.detach()
     weight = _share([linear.weight for linear in linears])
     has_bias = linears[0].bias is not None
     return weight, _share([linear.bias for linear in linears]) if has_bias else None
@@ -91,28 +91,35 @@ class Packable(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.packed: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.packed: dict[str, Callable[[Tensor], Tensor]] = {}
 
-    def siblings(self, group: str) -> list[nn.Module]:
+    def siblings(self, group: str) -> list[Any]:
         """Return the linears of a group, in output order; all read the same input."""
         raise NotImplementedError
 
-    def joint_weights(self, group: str) -> tuple[Tensor, Tensor | None] | None:
-        """Return the packed (weight, bias) if the packed path may be taken, else None."""
+    def joint(self, group: str) -> Callable[[Tensor], Tensor] | None:
+        """Return the group as one linear if the packed path may be taken, else None."""
         return None if torch.is_grad_enabled() else self.packed.get(group)
 
-    def pack(self) -> None:
-        """Join every group whose members are all plain linears (see `pack_linears`)."""
+    def linear(self, group: str, x: Tensor) -> Tensor:
+        """Apply a group of a single linear."""
+        packed = self.joint(group)
+        return self.siblings(group)[0](x) if packed is None else packed(x)
+
+    def pack(self, ops: Ops) -> None:
+        """Pack every group whose members are all plain linears (a LoRA wrapper is none)."""
         for group in self.groups:
-            packed = pack_linears(self.siblings(group))
-            if packed is not None:
-                self.packed[group] = packed
+            linears = self.siblings(group)
+            if linears and all(type(linear) is nn.Linear for linear in linears):
+                sources = [p for linear in linears for p in linear.parameters()]
+                self.packed[group] = ops.pack_linear(*join_linears(linears), sources)
 
     def unpack(self) -> None:
         """Give every packed linear its own storage again."""
         for group in self.packed:
-            for linear in self.siblings(group):
-                for parameter in linear.parameters():
+            linears = self.siblings(group)
+            for parameter in (p for linear in linears for p in linear.parameters()):
+                if len(linears) > 1:
                     parameter.data = parameter.data.clone()
         self.packed = {}
 
@@ -124,7 +131,7 @@ class Packable(nn.Module):
 class Attention(Packable):
     """One self-attention layer's parameters under their published names, and its projections."""
 
-    groups: tuple[str, ...] = ("qkv",)
+    groups: tuple[str, ...] = ("qkv", "out")
 
     def __init__(self, dim: int, num_heads: int, *, bias: bool, qk_norm: bool, eps: float) -> None:
         super().__init__()
@@ -141,15 +148,15 @@ class Attention(Packable):
         """Return the holder of one per-head RMSNorm weight, or None for a model without them."""
         return nn.RMSNorm(self.heads[1], eps=self.eps) if present else None
 
-    def siblings(self, group: str) -> list[nn.Module]:
-        """Return to_q, to_k, to_v."""
-        return [self.to_q, self.to_k, self.to_v]
+    def siblings(self, group: str) -> list[Any]:
+        """Return to_q, to_k, to_v ("qkv") or the output projection ("out")."""
+        return [self.to_out[0]] if group == "out" else [self.to_q, self.to_k, self.to_v]
 
     def project(self, group: str, y_BTD: Tensor) -> Sequence[Tensor]:
         """Return the raw q, k, v of a group, [B, T, N, H] each."""
-        weights = self.joint_weights(group)
-        if weights is not None:
-            return F.linear(y_BTD, *weights).unflatten(-1, (3, *self.heads)).unbind(2)
+        joint = self.joint(group)
+        if joint is not None:
+            return joint(y_BTD).unflatten(-1, (3, *self.heads)).unbind(2)
         return [linear(y_BTD).unflatten(-1, self.heads) for linear in self.siblings(group)]
 
     def qkv(self, y_BTD: Tensor, ops: Ops, rope_BTNH: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -169,7 +176,7 @@ class Attention(Packable):
     ) -> Tensor:
         """Return the projected self-attention output, of all rows or of the first `num_rows`."""
         q, k, v = self.qkv(y_BTD, ops, rope_BTNH)
-        return self.to_out[0](ops.joint_attention(q[:, :num_rows], k, v, mask_B11T))
+        return self.linear("out", ops.joint_attention(q[:, :num_rows], k, v, mask_B11T))
 
 
 def norm_weight(norm: nn.RMSNorm | None) -> Tensor | None:
@@ -182,7 +189,7 @@ class Transformer(Packable):
 
     family: ClassVar[str]
     config: Any
-    groups = ("modulation",)
+    groups: tuple[str, ...] = ("modulation",)
 
     def init_runtime(self, backend: str, head_dim: int) -> None:
         """Remember what the ops will be chosen by."""
@@ -224,9 +231,9 @@ class Transformer(Packable):
         Unpacked, this is a loop of linears, not one GEMM over a weight concatenated on the fly: the
         concatenation would copy a third of the model per call and keep it for the backward pass.
         """
-        weights = self.joint_weights("modulation")
-        if weights is not None:
-            return F.linear(c, *weights)
+        joint = self.joint("modulation")
+        if joint is not None:
+            return joint(c)
         return torch.cat([linear(c) for linear in self.siblings("modulation")], dim=-1)
 
     def freeze(self) -> Transformer:
@@ -237,7 +244,7 @@ class Transformer(Packable):
         self.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, Packable) and not module.packed:
-                module.pack()
+                module.pack(self.ops)
         self.frozen = True
         return self
 

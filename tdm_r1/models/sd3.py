@@ -20,6 +20,7 @@ from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.config import parse_config
 from tdm_r1.models.layers import (
     Attention,
+    Packable,
     Transformer,
     check_latent_size,
     norm_weight,
@@ -86,8 +87,10 @@ class SD3Context:
     position_1nD: Tensor
 
 
-class FeedForward(nn.Module):
+class FeedForward(Packable):
     """Linear, GELU-tanh, linear."""
+
+    groups = ("up", "down")
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -95,8 +98,12 @@ class FeedForward(nn.Module):
         up.proj = nn.Linear(dim, 4 * dim)
         self.net: Any = nn.ModuleList([up, nn.Identity(), nn.Linear(4 * dim, dim)])
 
+    def siblings(self, group: str) -> list[Any]:
+        """Return the linear up or down."""
+        return [self.net[0].proj if group == "up" else self.net[2]]
+
     def forward(self, x_BTD: Tensor, ops: Ops) -> Tensor:
-        return self.net[2](ops.gelu_tanh(self.net[0].proj(x_BTD)))
+        return self.linear("down", ops.gelu_tanh(self.linear("up", x_BTD)))
 
 
 class AdaLayerNorm(nn.Module):
@@ -110,7 +117,7 @@ class AdaLayerNorm(nn.Module):
 class JointAttention(Attention):
     """Attention over [image, text] with separate projections for each stream."""
 
-    groups = ("qkv", "added")
+    groups = ("qkv", "out", "added", "added_out")
 
     def __init__(self, dim: int, num_heads: int, *, qk_norm: bool, context_out: bool) -> None:
         super().__init__(dim, num_heads, bias=True, qk_norm=qk_norm, eps=EPS)
@@ -125,10 +132,12 @@ class JointAttention(Attention):
         self.norm_added_q = self.head_norm(qk_norm)
         self.norm_added_k = self.head_norm(qk_norm)
 
-    def siblings(self, group: str) -> list[nn.Module]:
-        """Return q, k, v of the image ("qkv") or of the text ("added")."""
+    def siblings(self, group: str) -> list[Any]:
+        """Return q, k, v of the image ("qkv") or of the text ("added"), or what follows them."""
         if group == "added":
             return [self.add_q_proj, self.add_k_proj, self.add_v_proj]
+        if group == "added_out":
+            return [] if self.to_add_out is None else [self.to_add_out]
         return super().siblings(group)
 
     def forward(self, y_BnD: Tensor, yc_BTD: Tensor, ops: Ops) -> tuple[Tensor, Tensor | None]:
@@ -140,11 +149,12 @@ class JointAttention(Attention):
         k, v = torch.cat([k, kc], dim=1), torch.cat([v, vc], dim=1)
         if self.to_add_out is None:
             # The text output of the last block is never read, so its queries are not asked.
-            return self.to_out[0](ops.joint_attention(q, k, v)), None
+            return self.linear("out", ops.joint_attention(q, k, v)), None
         o = ops.joint_attention(torch.cat([q, qc], dim=1), k, v)
         n = y_BnD.shape[1]
         # A linear on a strided batch runs as a batched GEMM with the weight repeated: copy instead.
-        return self.to_out[0](o[:, :n].contiguous()), self.to_add_out(o[:, n:].contiguous())
+        image, text = o[:, :n].contiguous(), o[:, n:].contiguous()
+        return self.linear("out", image), self.linear("added_out", text)
 
 
 class JointBlock(nn.Module):
@@ -244,6 +254,7 @@ class SD3Transformer(Transformer):
     """The MMDiT velocity field: v = eps - x0 of latents x at t = 1000 sigma, given text."""
 
     family = "sd3"
+    groups = ("modulation", "output")
 
     def __init__(self, config: SD3Config, backend: str = "auto") -> None:
         super().__init__()
@@ -266,8 +277,10 @@ class SD3Transformer(Transformer):
         self.proj_out = nn.Linear(dim, config.patch_size**2 * config.in_channels)
         self.init_runtime(backend, config.attention_head_dim)
 
-    def siblings(self, group: str) -> list[nn.Module]:
-        """Return the modulation linears in the order `forward` consumes them."""
+    def siblings(self, group: str) -> list[Any]:
+        """Return the modulation linears in the order `forward` consumes them, or the last one."""
+        if group == "output":
+            return [self.proj_out]
         blocks = self.transformer_blocks
         pairs = ((block.norm1.linear, block.norm1_context.linear) for block in blocks)
         return [*chain.from_iterable(pairs), self.norm_out.linear]
@@ -319,7 +332,7 @@ class SD3Transformer(Transformer):
             h_BnD, c_BTD = block(h_BnD, c_BTD, mod_MB1D[start:stop], ops)
             start = stop
         y_BnD = ops.norm_modulate(h_BnD, mod_MB1D[start], mod_MB1D[start + 1], eps=EPS)
-        return unpatchify(self.proj_out(y_BnD), height, width, p).float()
+        return unpatchify(self.linear("output", y_BnD), height, width, p).float()
 
     def scale_offsets(self, device: torch.device) -> Tensor:
         """Return [M, 1, 1]: 1 where a modulation vector is a scale, 0 elsewhere."""

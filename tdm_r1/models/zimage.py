@@ -111,7 +111,7 @@ class ZImageContext:
 class FeedForward(Packable):
     """W2 (silu(W1 x) * (W3 x))."""
 
-    groups = ("up",)
+    groups = ("up", "down")
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -120,17 +120,17 @@ class FeedForward(Packable):
         self.w2 = nn.Linear(hidden, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden, bias=False)
 
-    def siblings(self, group: str) -> list[nn.Module]:
-        """Return w1, w3."""
-        return [self.w1, self.w3]
+    def siblings(self, group: str) -> list[Any]:
+        """Return w1, w3 ("up") or w2 ("down")."""
+        return [self.w2] if group == "down" else [self.w1, self.w3]
 
     def forward(self, x_BTD: Tensor, ops: Ops) -> Tensor:
-        weights = self.joint_weights("up")
-        if weights is not None:
-            gate, up = F.linear(x_BTD, *weights).chunk(2, dim=-1)
+        joint = self.joint("up")
+        if joint is not None:
+            gate, up = joint(x_BTD).chunk(2, dim=-1)
         else:
             gate, up = self.w1(x_BTD), self.w3(x_BTD)
-        return self.w2(ops.swiglu(gate, up))
+        return self.linear("down", ops.swiglu(gate, up))
 
 
 class Block(nn.Module):
@@ -220,7 +220,7 @@ class ZImageTransformer(Transformer):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.init_runtime(backend, dim // config.n_heads)
 
-    def siblings(self, group: str) -> list[nn.Module]:
+    def siblings(self, group: str) -> list[Any]:
         """Return the blocks' modulation linears in the order `forward` consumes them."""
         return [block.adaLN_modulation[0] for block in (*self.noise_refiner, *self.layers)]
 

@@ -5,6 +5,8 @@ import torch
 from tdm_kernels import native, reference, registry
 from tdm_kernels.registry import select
 
+from tests.kernels.compare import assert_as_good, compare, randn
+
 pytestmark = pytest.mark.skipif(bool(native.load()), reason=f"the native library {native.load()}")
 
 
@@ -24,47 +26,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [(1, 1, 24), (3, 63, 192), (2, 77, 200), (1, 1000, 64)]
 
 
-def randn(*shape, seed, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def assert_as_good(found, like, exact):
-    """Error against fp64 at most twice the reference's in the same dtype, plus 2 ulp (bf16: 1)."""
-    assert found.shape == exact.shape and found.dtype == like.dtype
-    ulp = {torch.float32: 2**-23, torch.bfloat16: 2**-8}[found.dtype]
-    size = exact.abs().max().clamp(min=1.0)
-    error = (found.double() - exact).abs().max()
-    assert error <= 2 * (like.double() - exact).abs().max() + 2 * ulp * size, (error, size)
-
-
-def compare(op, inputs, options):
-    """Values and gradients: native and reference in the inputs' dtypes, and the truth in fp64."""
-    results = [run(module, op, inputs, options) for module in (native, reference)]
-    with pytest.MonkeyPatch.context() as patch:  # the reference computes in fp32: lift that
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        inputs = [None if t is None else t.double() for t in inputs]
-        options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-        results.append(run(reference, op, inputs, options))
-    for triple in zip(*results, strict=True):
-        assert_as_good(*triple)
-
-
-def run(module, op, inputs, options):
-    """Outputs of an op, then the gradients of every tensor given to it but the rotary table."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-    options = {
-        k: v.detach().requires_grad_() if k.startswith(("weight", "branch")) else v
-        for k, v in options.items()
-    }
-    outputs = getattr(module, op)(*leaves, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    wanted = [
-        t for t in (*leaves, *options.values()) if isinstance(t, torch.Tensor) and t.requires_grad
-    ]
-    seeds = [randn(*o.shape, seed=100 + i).to(o.dtype) for i, o in enumerate(outputs)]
-    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, wanted, seeds)]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("b", "t", "d"), SIZES)
 @pytest.mark.parametrize("weighted", [False, True])
@@ -74,11 +35,11 @@ def test_norm_modulate(b, t, d, dtype, weighted, shared):
     x = randn(b, t, d, seed=1, dtype=dtype) * 3 + 1
     scale, shift = randn(rows, 1, d, seed=2), randn(rows, 1, d, seed=3)
     options = {"weight_D": randn(d, seed=4)} if weighted else {}
-    compare("norm_modulate", (x, scale, shift), options)
-    compare("norm_modulate", (x, scale), options)
-    compare("norm_modulate", (x,), {**options, "eps": 1e-3})
+    compare(native, "norm_modulate", (x, scale, shift), options)
+    compare(native, "norm_modulate", (x, scale), options)
+    compare(native, "norm_modulate", (x,), {**options, "eps": 1e-3})
     pair = randn(2, rows, 1, d, seed=5), randn(2, rows, 1, d, seed=6)
-    compare("norm_modulate", (x, *pair), options)
+    compare(native, "norm_modulate", (x, *pair), options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,11 +49,13 @@ def test_gate_residual_and_norm(b, t, d, dtype, weighted):
     x, branch = randn(b, t, d, seed=1, dtype=dtype), randn(b, t, d, seed=2, dtype=dtype) * 2
     gate, scale, shift = (randn(b, 1, d, seed=s) for s in (3, 4, 5))
     branch_weight = {"branch_weight_D": randn(d, seed=6)} if weighted else {}
-    compare("gate_residual", (x, branch, gate), branch_weight)
-    compare("gate_residual", (x, branch), branch_weight)
+    compare(native, "gate_residual", (x, branch, gate), branch_weight)
+    compare(native, "gate_residual", (x, branch), branch_weight)
     weight = {"weight_D": randn(d, seed=7)} if weighted else {}
-    compare("gate_residual_norm", (x, branch, gate, scale, shift), {**branch_weight, **weight})
-    compare("gate_residual_norm", (x, branch, None, scale), {**branch_weight, **weight})
+    compare(
+        native, "gate_residual_norm", (x, branch, gate, scale, shift), {**branch_weight, **weight}
+    )
+    compare(native, "gate_residual_norm", (x, branch, None, scale), {**branch_weight, **weight})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,12 +64,12 @@ def test_qk_norm_rope(b, t, heads, h, dtype):
     packed = randn(b, t, 3, heads, h, seed=1, dtype=dtype) * 2  # strided views, as the models' are
     q, k = packed[:, :, 0], packed[:, :, 1]
     weights = randn(h, seed=2), randn(h, seed=3)
-    compare("qk_norm_rope", (q, k, *weights), {})
+    compare(native, "qk_norm_rope", (q, k, *weights), {})
     angle = randn(b, t, 1, h // 2, seed=4)
     rope = torch.stack([angle.cos(), angle.sin()], -1).flatten(-2)
     for table in (rope, rope[:1]):
-        compare("qk_norm_rope", (q, k, *weights), {"rope_BTNH": table})
-        compare("qk_norm_rope", (q, k), {"rope_BTNH": table})
+        compare(native, "qk_norm_rope", (q, k, *weights), {"rope_BTNH": table})
+        compare(native, "qk_norm_rope", (q, k), {"rope_BTNH": table})
     assert native.qk_norm_rope(q, k)[0] is q
 
 
@@ -114,8 +77,8 @@ def test_qk_norm_rope(b, t, heads, h, dtype):
 @pytest.mark.parametrize("shape", [(1, 1, 7), (3, 63, 192), (2, 1000, 33)])
 def test_activations(shape, dtype):
     x, up = randn(*shape, seed=1, dtype=dtype) * 4, randn(*shape, seed=2, dtype=dtype)
-    compare("gelu_tanh", (x,), {})
-    compare("swiglu", (x, up), {})
+    compare(native, "gelu_tanh", (x,), {})
+    compare(native, "swiglu", (x, up), {})
 
 
 def test_activations_survive_extremes():
@@ -137,6 +100,30 @@ def test_joint_attention(t, s, h, dtype):
             *(x.double().transpose(1, 2) for x in (q, k, v))
         )
     assert_as_good(found, like, exact.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (16, 192, 768), (77, 45, 33), (130, 96, 64)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_pack_linear(m, n, k, biased):
+    x, weight = randn(2, m, k, seed=1), randn(n, k, seed=2)
+    bias = randn(n, seed=3) if biased else None
+    linear = native.pack_linear(weight, bias, [weight])
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert isinstance(linear, native.PanelLinear)
+    assert_as_good(linear(x), torch.nn.functional.linear(x, weight, bias), expected)
+    strided = torch.cat([x, x], dim=-1)[..., :k]
+    assert torch.equal(linear(strided), linear(x))
+    weight.zero_()  # panels follow an in-place update
+    assert torch.equal(linear(x), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_pack_linear_leaves_half_precision_to_the_library():
+    x, weight = randn(3, 32, seed=1), randn(16, 32, seed=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = native.pack_linear(weight, None, [weight])(x)
+        assert torch.equal(found, torch.nn.functional.linear(x, weight))
+    half = native.pack_linear(weight.bfloat16(), None, [weight])
+    assert not isinstance(half, native.PanelLinear)
 
 
 def test_a_group_of_one_prompt_is_read_from_a_single_row():

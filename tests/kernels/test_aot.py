@@ -1,0 +1,86 @@
+"""Compiles the Triton kernels for GPUs that are not here, and holds the result to a budget.
+
+`python -m tdm_kernels.aot > tests/kernels/aot_budget.json` writes the budget anew: a change that
+needs more of anything has to say why.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tdm_kernels import aot, glu, norm  # noqa: E402
+
+BUDGET = json.loads((Path(__file__).parent / "aot_budget.json").read_text())
+# One launch per kernel and pass, the largest: what `make quick` compiles, for one architecture.
+QUICK = [
+    "zimage/gate_residual_norm/train",
+    "zimage/gate_residual_norm/backward",
+    "zimage/qk_norm_rope/infer",
+    "zimage/qk_norm_rope/backward",
+    "zimage/swiglu/infer",
+    "zimage/swiglu/backward",
+    "sd3/norm_modulate_2/backward",
+    "sd3/gelu_tanh/infer",
+    "sd3/gelu_tanh/backward",
+]
+
+
+@pytest.fixture(scope="module")
+def launches():
+    return aot.production_launches()
+
+
+def excess(name, launch, arch):
+    """What a launch uses beyond its budget."""
+    used = asdict(aot.measure(launch, arch))
+    return {k: (name, arch, v, BUDGET[name][k]) for k, v in used.items() if v > BUDGET[name][k]}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_kernels_keep_their_budget(launches, name):
+    assert not excess(name, launches[name], 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_every_launch_keeps_its_budget(launches, arch):
+    assert not [over for n, launch in launches.items() if (over := excess(n, launch, arch))]
+
+
+def test_the_budget_allows_no_spills_and_only_scalars_to_be_narrow(launches):
+    assert set(BUDGET) == set(launches)
+    kernels = {launch.kernel for launch in launches.values()}
+    assert len(kernels) == 8  # four ops' families, forward and backward
+    assert kernels == {launches[name].kernel for name in QUICK}
+    for name, row in BUDGET.items():
+        assert row["local"] == 0, name
+        # At most a row's mean, 1/sigma and 1/rms; and the [H] partial sums of q and k.
+        assert row["narrow_loads"] <= 3 and row["narrow_stores"] <= 3, name
+        if name.endswith("infer"):
+            assert row["narrow_loads"] == row["narrow_stores"] == 0, name
+        # 65536 registers serve at least one program of this many threads.
+        assert row["registers"] * launches[name].options["num_warps"] * 32 <= 65536, name
+
+
+def test_measures_spills_and_narrow_accesses(launches):
+    """The numbers move when they should: too few threads spill, odd strides cannot be vectors."""
+    big = launches["zimage/gate_residual_norm/backward"]
+    starved = replace(big, options={**big.options, "num_warps": 1})
+    assert aot.measure(starved, 90).local > 0
+    x = torch.empty(2, 4096, 6147, dtype=torch.bfloat16, device="meta")
+    (odd,) = aot.capture(lambda: glu.gelu_tanh(x[..., :6144]))
+    assert aot.measure(odd, 90).narrow_loads > 0
+
+
+def test_capture_records_what_a_launch_would_compile():
+    x = torch.empty(2, 7, 24, device="meta")
+    (launch,) = aot.capture(lambda: norm.norm_modulate(x))
+    assert launch.kernel is norm.residual_norm_kernel
+    assert launch.args[0] is x and launch.options == {
+        "D": 24, "NUM_SETS": 1, "BLOCK_D": 32, "num_warps": 1,
+    }  # fmt: skip

@@ -1,0 +1,213 @@
+"""The Triton ops against the reference in fp64. Run by test_triton.py in a process of its own.
+
+With TRITON_INTERPRET=1, read when a kernel is decorated, the kernels run on the CPU, in fp32 and
+fp16 only (the interpreter's bf16 is not the hardware's). Without it they run on a CUDA device.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from tdm_kernels import glu, norm, qk_norm_rope, reference
+
+from tests.kernels import compare as helpers
+from tests.kernels.compare import compare, run
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+HALF = torch.float16 if INTERPRETED else torch.bfloat16
+DTYPES = [torch.float32, HALF]
+# dtype, B, T, D. The interpreter takes milliseconds per row: awkward sizes, but small ones.
+SHORT = [(torch.float32, 3, 1, 24), (HALF, 2, 5, 40)]
+LONG = [(torch.float32, 1, 77, 40), (HALF, 1, 63, 200)]
+if not INTERPRETED:
+    LONG += [(HALF, 2, 1000, 1536), (HALF, 1, 4224, 3840)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers():
+    """Fill what is allocated and not written with NaN: an output the kernels skip shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape, seed, dtype=torch.float32):
+    return helpers.randn(*shape, seed=seed, dtype=dtype, device=DEVICE)
+
+
+def inside_nan(x, pad=8):
+    """The same values as a view into a larger buffer of NaN: reading past a row shows."""
+    buffer = x.new_full([n + pad for n in x.shape], float("nan"))
+    view = buffer[tuple(slice(n) for n in x.shape)]
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize(("dtype", "b", "t", "d"), SHORT + LONG)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_norm_modulate(dtype, b, t, d, weighted):
+    x = inside_nan(randn(b, t, d, seed=1, dtype=dtype) * 3 + 1)
+    options = {"weight_D": randn(d, seed=4)} if weighted else {}
+    # One modulation for each sample, and one that all samples share, as a strided view.
+    scale, shift = inside_nan(randn(2, b, 1, d, seed=2)).unbind()
+    shared = inside_nan(randn(2, 1, 1, d, seed=3)).unbind()
+    compare(norm, "norm_modulate", (x, scale, shift), options)
+    if t < 10:
+        compare(norm, "norm_modulate", (x, *shared), options)
+        compare(norm, "norm_modulate", (x, shared[0]), options)
+        compare(norm, "norm_modulate", (x,), {**options, "eps": 1e-3})
+
+
+@pytest.mark.parametrize(("dtype", "b", "t", "d"), SHORT)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_two_modulations_of_one_norm(dtype, b, t, d, weighted):
+    vectors = randn(9, b, 1, d, seed=5)
+    options = {"weight_D": randn(d, seed=4)} if weighted else {}
+    x = randn(b, t, d, seed=1, dtype=dtype)
+    compare(norm, "norm_modulate", (x, vectors[1:8:6], vectors[0:7:6]), options)
+    compare(norm, "norm_modulate", (x, vectors[:2, :1], vectors[2:4, :1]), options)
+
+
+@pytest.mark.parametrize(("dtype", "b", "t", "d"), SHORT + LONG)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gate_residual_and_norm(dtype, b, t, d, weighted):
+    x = inside_nan(randn(b, t, d, seed=1, dtype=dtype))
+    branch = inside_nan(randn(b, t, d, seed=2, dtype=dtype) * 2)
+    gate, scale, shift = (randn(b, 1, d, seed=s) for s in (3, 4, 5))
+    branch_weight = {"branch_weight_D": randn(d, seed=6)} if weighted else {}
+    weights = {**branch_weight, "weight_D": randn(d, seed=7)} if weighted else {}
+    compare(norm, "gate_residual_norm", (x, branch, gate, scale, shift), weights)
+    if t < 10:
+        compare(norm, "gate_residual", (x, branch, gate[:1]), branch_weight)
+        compare(norm, "gate_residual", (x, branch), branch_weight)
+        compare(norm, "gate_residual_norm", (x, branch, None, scale[:1]), weights)
+
+
+def test_gradients_of_one_output_and_of_frozen_vectors():
+    x, branch = randn(2, 3, 40, seed=1), randn(2, 3, 40, seed=2)
+    vectors = [randn(1, 1, 40, seed=s) for s in (3, 4, 5)]
+    weights = {"branch_weight_D": randn(40, seed=6), "weight_D": randn(40, seed=7)}
+    for options in ({}, weights):
+        for output in (0, 1):
+            grads = []
+            for module in (norm, reference):
+                leaves = [t.detach().requires_grad_() for t in (x, branch)]
+                result = module.gate_residual_norm(*leaves, *vectors, **options)
+                grads.append(torch.autograd.grad(result[output].sum(), leaves))
+            for found, like in zip(*grads, strict=True):
+                torch.testing.assert_close(found, like, rtol=1e-4, atol=1e-5)
+
+
+def test_a_half_precision_branch_joins_an_fp32_stream():
+    x = randn(2, 3, 40, seed=1)
+    branch, gate = randn(2, 3, 40, seed=2, dtype=HALF), randn(1, 1, 40, seed=3, dtype=HALF)
+    found, like = (run(m, "gate_residual_norm", (x, branch, gate), {}) for m in (norm, reference))
+    for a, b in zip(found, like, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def test_a_group_of_one_prompt_is_read_from_a_single_row():
+    x = randn(4, 5, 24, seed=1)[:1].expand(4, -1, -1)
+    found = norm.norm_modulate(x, randn(1, 1, 24, seed=2), randn(1, 1, 24, seed=3))
+    assert found.isfinite().all() and (found == found[:1]).all()
+
+
+def test_autocast_returns_what_the_next_linear_reads():
+    x = randn(2, 3, 24, seed=1)
+    with torch.autocast(DEVICE, HALF):
+        y = norm.norm_modulate(x)
+    like = reference.norm_modulate(x).to(HALF)
+    torch.testing.assert_close(y, like, rtol=helpers.ULP[HALF], atol=0)
+
+
+@pytest.mark.parametrize("magnitude", [1e-12, 1e18])
+def test_norms_survive_extremes(magnitude):
+    x = magnitude * randn(1, 3, 24, seed=1)
+    assert norm.norm_modulate(x).isfinite().all()
+    assert norm.norm_modulate(x, weight_D=randn(24, seed=2)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("b", "t", "heads", "h"), [(3, 1, 1, 64), (2, 5, 10, 24), (1, 77, 3, 32)])
+def test_qk_norm_rope(b, t, heads, h, dtype):
+    packed = inside_nan(randn(b, t, 3, heads, h, seed=1, dtype=dtype) * 2)
+    q, k = packed[:, :, 0], packed[:, :, 1]  # strided views, as the models' are
+    weights = randn(h, seed=2), randn(h, seed=3)
+    angle = randn(b, t, 1, h // 2, seed=4)
+    rope = torch.stack([angle.cos(), angle.sin()], -1).flatten(-2)
+    compare(qk_norm_rope, "qk_norm_rope", (q, k, *weights), {"rope_BTNH": rope})
+    if t != 77:
+        compare(qk_norm_rope, "qk_norm_rope", (q, k, *weights), {})
+        compare(qk_norm_rope, "qk_norm_rope", (q, k), {"rope_BTNH": rope[:1]})
+
+
+def test_q_and_k_need_not_look_alike():
+    q, k = randn(2, 5, 3, 24, seed=1), randn(2, 5, 2, 24, seed=2)
+    weights = randn(24, seed=3), randn(24, seed=4)
+    compare(qk_norm_rope, "qk_norm_rope", (q, k, *weights), {})
+    out_q, out_k = qk_norm_rope.qk_norm_rope(q, k, None, weights[1])
+    assert out_q is q
+    torch.testing.assert_close(out_k, reference.qk_norm_rope(q, k, *weights)[1])
+    assert qk_norm_rope.qk_norm_rope(q, k)[1] is k
+    leaf = k.detach().requires_grad_()  # the gradient of one output alone
+    found, like = (
+        torch.autograd.grad(module.qk_norm_rope(k, leaf, *weights)[1].sum(), leaf)
+        for module in (qk_norm_rope, reference)
+    )
+    torch.testing.assert_close(found, like, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 1, 7), (1, 63, 40), (1, 2, 2100)])
+def test_activations(shape, dtype):
+    x = inside_nan(randn(*shape, seed=1, dtype=dtype) * 4)
+    compare(glu, "gelu_tanh", (x,), {})
+    packed = randn(*shape[:2], 2 * shape[2], seed=2, dtype=dtype)
+    compare(glu, "swiglu", packed.chunk(2, -1), {})
+
+
+def test_swiglu_gives_only_the_gradients_asked_for():
+    gate, up = randn(1, 3, 24, seed=1).requires_grad_(), randn(1, 3, 24, seed=2)
+    (found,) = torch.autograd.grad(glu.swiglu(gate, up).sum(), gate)
+    (like,) = torch.autograd.grad(reference.swiglu(gate, up).sum(), gate)
+    torch.testing.assert_close(found, like)
+
+
+def test_activations_survive_extremes():
+    x = torch.tensor([[[-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e18, float("nan")]]])
+    x, ones = x.to(DEVICE), torch.ones_like(x, device=DEVICE)
+    like = torch.nn.functional.gelu(x, approximate="tanh")
+    torch.testing.assert_close(glu.gelu_tanh(x), like, equal_nan=True)
+    found, like = glu.swiglu(x, ones), reference.swiglu(x, ones)
+    torch.testing.assert_close(found, like, equal_nan=True, atol=1e-36, rtol=1e-5)
+
+
+def test_empty_inputs():
+    x = randn(2, 0, 24, seed=1).requires_grad_()
+    y = norm.norm_modulate(x, randn(1, 1, 24, seed=2).requires_grad_())
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_refuses_what_the_kernels_cannot_read():
+    x, q = randn(2, 5, 24, seed=1), randn(2, 5, 3, 24, seed=1)
+    for call, message in (
+        (lambda: norm.norm_modulate(x, randn(2, 5, 24, seed=2)), "scale must be"),
+        (lambda: norm.norm_modulate(x, randn(3, 2, 1, 24, seed=2)), "scale must be"),
+        (lambda: norm.norm_modulate(x, x[:, :1], randn(2, 2, 1, 24, seed=2)), "as many sets"),
+        (lambda: norm.norm_modulate(x.double()), "x must be float32"),
+        (lambda: norm.norm_modulate(q), "x must have 3 axes"),
+        (lambda: norm.gate_residual(x, x[:, :4]), "branch must be"),
+        (lambda: norm.gate_residual(x, x, randn(2, 2, 1, 24, seed=2)), "gate must be"),
+        (lambda: norm.norm_modulate(x, weight_D=randn(31, seed=2)), r"weight must be \(24,\)"),
+        (lambda: qk_norm_rope.qk_norm_rope(q, q, randn(3, seed=2)), r"weight_q must be \(24,\)"),
+        (lambda: qk_norm_rope.qk_norm_rope(q, q, None, None, q[:, :, :1, :22]), "rope must be"),
+        (lambda: glu.swiglu(x, x[..., :12]), "up must be"),
+        (lambda: glu.gelu_tanh(x[0]), "x must have 3 axes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
