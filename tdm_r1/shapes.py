@@ -385,23 +385,12 @@ def _closeness(got: int, want: int) -> float:
 
 
 def _check_word(word: str, image: np.ndarray, read: Callable[[np.ndarray], str] | None) -> Verdict:
-    if read is None:
-        from .rewards.ocr import read_text
+    from .rewards.ocr import levenshtein, read_text
 
-        read = read_text
+    read = read_text if read is None else read
     big = cv2.resize(image, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
     text = re.sub(r"[^A-Za-z]", "", read(big)).upper()
     if not text:
         return Verdict(0.0, 0.0, "no text")
     distance = levenshtein(word, text)
     return Verdict(float(distance == 0), 1.0 - min(distance, len(word)) / len(word), text)
-
-
-def levenshtein(a: str, b: str) -> int:
-    """Least number of single-character insertions, deletions and substitutions from a to b."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1]

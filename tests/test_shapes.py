@@ -142,9 +142,3 @@ def test_other_captions_are_refused(caption):
 def test_pictures_of_another_kind_are_refused():
     with pytest.raises(ConfigError, match=r"uint8 \[H, W, 3\]; got float64 \[64, 64\]"):
         shapes.check("a circle", np.zeros((64, 64)))
-
-
-def test_levenshtein():
-    assert [
-        shapes.levenshtein(*pair) for pair in (("CAT", "CAT"), ("CAT", ""), ("KITTEN", "SITTING"))
-    ] == [0, 3, 3]

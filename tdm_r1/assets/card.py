@@ -38,8 +38,9 @@ def score(engine: Engine, num_prompts: int, guidance: float) -> dict[str, Any]:
         pictures = []
         for start in range(0, num_prompts, BATCH):
             part = prompts[start : start + BATCH]
-            options = {} if guidance == 1.0 else {"guidance_scale": scale}
-            pictures += engine.generate(part, seed=SEED + start, **options)
+            pictures += engine.generate(
+                part, seed=SEED + start, guidance_scale=None if guidance == 1.0 else scale
+            )
         values = rewards.score(rewards.load_reward("shapes:strict"), pictures, prompts)
         if families == ["words"]:
             result["families"]["words"] = float(values.mean())

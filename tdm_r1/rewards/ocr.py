@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from tdm_r1.errors import ConfigError
-from tdm_r1.shapes import levenshtein
 
 try:
     from rapidocr import RapidOCR
@@ -95,3 +94,13 @@ def _reader() -> RapidOCR:
             "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),
         }
     )
+
+
+def levenshtein(a: str, b: str) -> int:
+    """Least number of single-character insertions, deletions and substitutions from a to b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]

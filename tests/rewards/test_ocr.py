@@ -100,3 +100,9 @@ def test_arrays_pictures_and_transparency_read_alike():
 
 def test_the_reader_is_built_once():
     assert ocr._reader() is ocr._reader()
+
+
+def test_levenshtein():
+    assert [
+        ocr.levenshtein(*pair) for pair in (("CAT", "CAT"), ("CAT", ""), ("KITTEN", "SITTING"))
+    ] == [0, 3, 3]
