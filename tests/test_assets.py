@@ -33,7 +33,10 @@ def test_directory_is_complete_small_and_described(name):
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 25_000_000
     assert (folder / BUNDLED_LORA).is_file()
     card = json.loads((folder / "card.json").read_text())
-    assert {"recipes", "seed", "steps", "seconds", "machine", "scores"} <= set(card)
+    assert {"base", "base_at_four_steps", "four_step"} <= set(card["scores"])
+    assert set(card["recipes"]) == {f"{name}-base", f"{name}-tdm"}
+    for made in card["recipes"].values():
+        assert {"method", "seed", "iterations", "seconds"} <= set(made)
     assert not [f for f in folder.rglob("*") if f.suffix in (".bin", ".pt", ".ckpt", ".pth")]
 
 
