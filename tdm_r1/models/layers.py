@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from tdm_kernels import Ops, select
+from tdm_kernels.registry import BACKENDS
 from torch import Tensor, nn
 
 from tdm_r1.errors import ConfigError
@@ -192,11 +193,11 @@ class Transformer(Packable):
     groups: tuple[str, ...] = ("modulation",)
 
     def init_runtime(self, backend: str, head_dim: int) -> None:
-        """Remember what the ops will be chosen by."""
+        """Finish construction once the parameters exist: remember the backend, bind the ops."""
         self.backend = backend
         self.head_dim = head_dim
         self.frozen = False
-        self._ops: Ops | None = None
+        self.bind_ops()
 
     @property
     def device(self) -> torch.device:
@@ -256,17 +257,25 @@ class Transformer(Packable):
         self.frozen = False
         return self
 
+    def bind_ops(self) -> None:
+        """Choose the ops for the device and dtype the parameters are on now.
+
+        A backend that cannot run here is refused when the ops are used: on its way from a file to
+        its device, a model passes through places where nothing is computed.
+        """
+        if self.backend not in ("auto", *BACKENDS):
+            raise ConfigError(f"backend={self.backend!r} is unknown; use auto or one of {BACKENDS}")
+        try:
+            found = select(self.backend, self.device, self.dtype, self.head_dim, grad=True)
+            self._ops: Ops | ConfigError = found
+        except ValueError as error:
+            self._ops = ConfigError(str(error))
+
     @property
     def ops(self) -> Ops:
-        """The ops for the device and dtype the parameters are on, chosen at the first use.
-
-        Raises ConfigError if the backend asked for cannot run there.
-        """
-        if self._ops is None:
-            try:
-                self._ops = select(self.backend, self.device, self.dtype, self.head_dim, grad=True)
-            except ValueError as error:
-                raise ConfigError(str(error)) from error
+        """The bound ops. Raises ConfigError if the backend asked for cannot run here."""
+        if isinstance(self._ops, ConfigError):
+            raise self._ops
         return self._ops
 
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
@@ -275,5 +284,5 @@ class Transformer(Packable):
         if was_frozen:
             self.unfreeze()
         super()._apply(fn, recurse)
-        self._ops = None
+        self.bind_ops()
         return self.freeze() if was_frozen else self
