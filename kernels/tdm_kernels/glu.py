@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdm_kernels import reference
-from tdm_kernels.layout import check_rows, next_power_of_2, on, unit, warps_for
+from tdm_kernels.layout import check_rows, next_power_of_2, on, traced_as_reference, unit, warps_for
 
 MAX_BLOCK = 2048  # elements of a row one program takes: divides 6144 and 10240
 # gelu(x) = x sigmoid(2 u), with 2 u = x (LINEAR + CUBIC x^2): tanh would cost more and lose digits.
@@ -81,10 +80,9 @@ def gelu_tanh_backward_kernel(
     tl.store(dx_ptr + row * F + f, dy * slope, mask=mask)
 
 
+@traced_as_reference
 def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """`reference.swiglu` in one pass; raises ValueError for shapes that differ."""
-    if torch.compiler.is_compiling():
-        return reference.swiglu(gate_BTF, up_BTF)
     check_rows("gate", gate_BTF)
     check_rows("up", up_BTF, like=gate_BTF)
     if torch.is_grad_enabled() and (gate_BTF.requires_grad or up_BTF.requires_grad):
@@ -92,10 +90,9 @@ def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     return _swiglu(gate_BTF, up_BTF)
 
 
+@traced_as_reference
 def gelu_tanh(x_BTF: Tensor) -> Tensor:
     """`reference.gelu_tanh` in one pass."""
-    if torch.compiler.is_compiling():
-        return reference.gelu_tanh(x_BTF)
     check_rows("x", x_BTF)
     if torch.is_grad_enabled() and x_BTF.requires_grad:
         return _Gelu.apply(x_BTF)

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tdm_kernels import reference
+
+
+def traced_as_reference(op: Callable) -> Callable:
+    """Let torch.compile and torch.export trace the reference of the same name in place of `op`.
+
+    Compilers fuse it themselves, and could not look into a kernel.
+    """
+    plain = getattr(reference, op.__name__)
+
+    @wraps(op)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs) if torch.compiler.is_compiling() else op(*args, **kwargs)
+
+    return call
 
 
 def unit(x: Tensor) -> Tensor:

@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tdm_kernels import reference
-from tdm_kernels.layout import product_dtype, unit, vector_grad, weight_grad
+from tdm_kernels.layout import (
+    product_dtype,
+    traced_as_reference,
+    unit,
+    vector_grad,
+    weight_grad,
+)
 
 LIBRARY = Path(__file__).parent / "libtdm_kernels.so"
 _PANEL = 32  # kPanel of csrc/cpu.h
@@ -57,6 +63,7 @@ def _op(name: str) -> Any:
     return getattr(torch.ops.tdm_kernels, name).default
 
 
+@traced_as_reference
 def norm_modulate(
     x_BTD: Tensor,
     scale_BTD: Tensor | None = None,
@@ -66,12 +73,11 @@ def norm_modulate(
     eps: float = 1e-6,
 ) -> Tensor:
     """`reference.norm_modulate` in one pass."""
-    if torch.compiler.is_compiling():
-        return reference.norm_modulate(x_BTD, scale_BTD, shift_BTD, weight_D=weight_D, eps=eps)
     inputs = (unit(x_BTD), None, None, None, weight_D, scale_BTD, shift_BTD)
     return _run(inputs, eps, norm=True)[1]
 
 
+@traced_as_reference
 def gate_residual(
     x_BTD: Tensor,
     branch_BTD: Tensor,
@@ -81,14 +87,11 @@ def gate_residual(
     eps: float = 1e-6,
 ) -> Tensor:
     """`reference.gate_residual` in one pass."""
-    if torch.compiler.is_compiling():
-        return reference.gate_residual(
-            x_BTD, branch_BTD, gate_BTD, branch_weight_D=branch_weight_D, eps=eps
-        )
     inputs = (unit(x_BTD), unit(branch_BTD), gate_BTD, branch_weight_D, None, None, None)
     return _run(inputs, eps, norm=False)[0]
 
 
+@traced_as_reference
 def gate_residual_norm(
     x_BTD: Tensor,
     branch_BTD: Tensor,
@@ -101,11 +104,6 @@ def gate_residual_norm(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`reference.gate_residual_norm`: the residual row is normalised while it is in registers."""
-    if torch.compiler.is_compiling():
-        return reference.gate_residual_norm(
-            x_BTD, branch_BTD, gate_BTD, scale_BTD, shift_BTD,
-            branch_weight_D=branch_weight_D, weight_D=weight_D, eps=eps,
-        )  # fmt: skip
     x_BTD, branch_BTD = unit(x_BTD), unit(branch_BTD)
     inputs = (x_BTD, branch_BTD, gate_BTD, branch_weight_D, weight_D, scale_BTD, shift_BTD)
     return _run(inputs, eps, norm=True)
@@ -179,6 +177,7 @@ class _ResidualNorm(torch.autograd.Function):
         )  # fmt: skip
 
 
+@traced_as_reference
 def qk_norm_rope(
     q_BTNH: Tensor,
     k_BTNH: Tensor,
@@ -189,8 +188,6 @@ def qk_norm_rope(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`reference.qk_norm_rope`: norm and rotation of a head in one pass."""
-    if torch.compiler.is_compiling():
-        return reference.qk_norm_rope(q_BTNH, k_BTNH, weight_q_H, weight_k_H, rope_BTNH, eps=eps)
     q = _head_norm(q_BTNH, weight_q_H, rope_BTNH, eps)
     return q, _head_norm(k_BTNH, weight_k_H, rope_BTNH, eps)
 
@@ -231,13 +228,16 @@ class _HeadNorm(torch.autograd.Function):
         return dx, weight_grad(sums, weight), None, None
 
 
+@traced_as_reference
 def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """`reference.swiglu` in one pass."""
-    if torch.compiler.is_compiling():
-        return reference.swiglu(gate_BTF, up_BTF)
     gate, up = gate_BTF.contiguous(), up_BTF.to(gate_BTF.dtype).contiguous()
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _SwiGLU.apply(gate, up)
+    return _swiglu(gate, up)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
     _op("swiglu")(gate, up, out)
     return out
@@ -247,9 +247,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        out = torch.empty_like(gate)
-        _op("swiglu")(gate, up, out)
-        return out
+        return _swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
@@ -260,13 +258,16 @@ class _SwiGLU(torch.autograd.Function):
         return dgate, dup
 
 
+@traced_as_reference
 def gelu_tanh(x_BTF: Tensor) -> Tensor:
     """`reference.gelu_tanh` in one pass."""
-    if torch.compiler.is_compiling():
-        return reference.gelu_tanh(x_BTF)
     x = x_BTF.contiguous()
     if torch.is_grad_enabled() and x.requires_grad:
         return _Gelu.apply(x)
+    return _gelu(x)
+
+
+def _gelu(x: Tensor) -> Tensor:
     out = torch.empty_like(x)
     _op("gelu")(x, out)
     return out
@@ -276,9 +277,7 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        out = torch.empty_like(x)
-        _op("gelu")(x, out)
-        return out
+        return _gelu(x)
 
     @staticmethod
     @once_differentiable

@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdm_kernels import reference
 from tdm_kernels.layout import (
     check_rows,
     check_vectors,
@@ -32,6 +31,7 @@ from tdm_kernels.layout import (
     on,
     product_dtype,
     rows_per_program,
+    traced_as_reference,
     unit,
     vector_grad,
     vector_strides,
@@ -183,6 +183,7 @@ def residual_norm_backward_kernel(
             tl.store(dshift_ptr + sum_set + out, dshift_2, mask=mask)
 
 
+@traced_as_reference
 def norm_modulate(
     x_BTD: Tensor,
     scale_BTD: Tensor | None = None,
@@ -192,11 +193,10 @@ def norm_modulate(
     eps: float = 1e-6,
 ) -> Tensor:
     """`reference.norm_modulate` in one pass; raises ValueError for a layout it cannot read."""
-    if torch.compiler.is_compiling():
-        return reference.norm_modulate(x_BTD, scale_BTD, shift_BTD, weight_D=weight_D, eps=eps)
     return _run((x_BTD, None, None, None, weight_D, scale_BTD, shift_BTD), eps, norm=True)[1]
 
 
+@traced_as_reference
 def gate_residual(
     x_BTD: Tensor,
     branch_BTD: Tensor,
@@ -206,14 +206,11 @@ def gate_residual(
     eps: float = 1e-6,
 ) -> Tensor:
     """`reference.gate_residual` in one pass; raises ValueError for a layout it cannot read."""
-    if torch.compiler.is_compiling():
-        return reference.gate_residual(
-            x_BTD, branch_BTD, gate_BTD, branch_weight_D=branch_weight_D, eps=eps
-        )
     inputs = (x_BTD, branch_BTD, gate_BTD, branch_weight_D, None, None, None)
     return _run(inputs, eps, norm=False)[0]
 
 
+@traced_as_reference
 def gate_residual_norm(
     x_BTD: Tensor,
     branch_BTD: Tensor,
@@ -226,11 +223,6 @@ def gate_residual_norm(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`reference.gate_residual_norm`: the residual row is normalised while it is in registers."""
-    if torch.compiler.is_compiling():
-        return reference.gate_residual_norm(
-            x_BTD, branch_BTD, gate_BTD, scale_BTD, shift_BTD,
-            branch_weight_D=branch_weight_D, weight_D=weight_D, eps=eps,
-        )  # fmt: skip
     inputs = (x_BTD, branch_BTD, gate_BTD, branch_weight_D, weight_D, scale_BTD, shift_BTD)
     return _run(inputs, eps, norm=True)
 

@@ -20,13 +20,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdm_kernels import reference
 from tdm_kernels.layout import (
     check_rows,
     check_weight,
     next_power_of_2,
     on,
     rows_per_program,
+    traced_as_reference,
     unit,
     warps_for,
     weight_grad,
@@ -163,6 +163,7 @@ def qk_norm_rope_backward_kernel(
         tl.store(dweight_k_ptr + program * H + h, tl.sum(dweight_k, axis=0), mask=h < H)
 
 
+@traced_as_reference
 def qk_norm_rope(
     q_BTNH: Tensor,
     k_BTNH: Tensor,
@@ -173,8 +174,6 @@ def qk_norm_rope(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`reference.qk_norm_rope` in one launch; raises ValueError for a layout it cannot read."""
-    if torch.compiler.is_compiling():
-        return reference.qk_norm_rope(q_BTNH, k_BTNH, weight_q_H, weight_k_H, rope_BTNH, eps=eps)
     q, weight_q, rope = _checked("q", q_BTNH, weight_q_H, rope_BTNH)
     k, weight_k, _ = _checked("k", k_BTNH, weight_k_H, rope_BTNH)
     idle = [weight is None and rope is None for weight in (weight_q, weight_k)]
