@@ -14,6 +14,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tdm_r1 import rewards, shapes
@@ -29,30 +30,33 @@ SEED = 10_000
 GUIDANCE = 3.0  # w of u + w (c - u): 20 steps are 40 evaluations
 
 
+def verdicts(
+    engine: Engine, families: list[str], num_prompts: int, guidance: float
+) -> tuple[list[str], np.ndarray]:
+    """Prompts of the families in turn, and the strict verdict on a picture of each."""
+    zimage = engine.pipeline.family == "zimage"
+    scale = None if guidance == 1.0 else guidance - 1 if zimage else guidance
+    prompts = evaluation_prompts([shapes.captions(f) for f in families], num_prompts)
+    pictures = []
+    for start in range(0, num_prompts, BATCH):
+        part = prompts[start : start + BATCH]
+        pictures += engine.generate(part, seed=SEED + start, guidance_scale=scale)
+    return prompts, rewards.score(rewards.load_reward("shapes:strict"), pictures, prompts)
+
+
 def score(engine: Engine, num_prompts: int, guidance: float) -> dict[str, Any]:
     """Strict scores over all families but words, each family's, and words' own."""
-    scale = guidance - 1 if engine.pipeline.family == "zimage" else guidance
-    result: dict[str, Any] = {}
-    for families in (FAMILIES, ["words"]):
-        prompts = evaluation_prompts([shapes.captions(f) for f in families], num_prompts)
-        pictures = []
-        for start in range(0, num_prompts, BATCH):
-            part = prompts[start : start + BATCH]
-            pictures += engine.generate(
-                part, seed=SEED + start, guidance_scale=None if guidance == 1.0 else scale
-            )
-        values = rewards.score(rewards.load_reward("shapes:strict"), pictures, prompts)
-        if families == ["words"]:
-            result["families"]["words"] = float(values.mean())
-        else:
-            result = {
-                "reward": float(values.mean()),
-                "interval95": bootstrap_interval(values, prompts, SEED),
-                "families": by_family(values, prompts),
-            }
-        num_prompts = min(num_prompts, 64)  # the OCR engine takes its time
-    steps = engine.schedule.num_steps
-    return result | {"steps": steps, "guidance": guidance, "seed": SEED}
+    prompts, values = verdicts(engine, FAMILIES, num_prompts, guidance)
+    # Few words: the OCR engine takes its time.
+    _, words = verdicts(engine, ["words"], min(num_prompts, 64), guidance)
+    return {
+        "reward": float(values.mean()),
+        "interval95": bootstrap_interval(values, prompts, SEED),
+        "families": by_family(values, prompts) | {"words": float(words.mean())},
+        "steps": engine.schedule.num_steps,
+        "guidance": guidance,
+        "seed": SEED,
+    }
 
 
 def made_by(run: Path) -> dict[str, Any]:

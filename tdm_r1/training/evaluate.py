@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from tdm_r1 import rewards, shapes
 from tdm_r1.config import Recipe
-from tdm_r1.engine import Engine
+from tdm_r1.engine import Engine, to_output
 from tdm_r1.errors import ConfigError
 from tdm_r1.pipeline import Pipeline
 from tdm_r1.prompts import evaluation_prompts, load_prompts
@@ -79,14 +77,8 @@ class Evaluator:
                 path = self.engine.rollout(
                     cond, noise, transformer=transformer, guidance=guidance, uncond=uncond
                 )
-                images += to_pil(self.engine.decode(path.x[-1]))
+                images += to_output(self.engine.decode(path.x[-1]), "pil")
         return images
-
-
-def to_pil(images_B3HW: Tensor) -> list[Image.Image]:
-    """fp32 [B, 3, H, W] in [0, 1] -> PIL pictures, rounded as `Engine.generate` rounds."""
-    pixels = (images_B3HW.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(picture) for picture in pixels.contiguous().cpu().numpy()]
 
 
 def bootstrap_interval(

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from tdm_r1 import flow, rewards
-from tdm_r1.engine import Engine
+from tdm_r1.engine import Engine, to_output
 from tdm_r1.errors import RewardError, TdmError
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.training import distributed
-from tdm_r1.training.evaluate import to_pil
 from tdm_r1.training.losses import advantages
 from tdm_r1.training.roles import Role
 
@@ -114,7 +113,7 @@ def score_batches(
     try:
         for batch in batches:
             with role.active():
-                pictures = to_pil(engine.decode(batch.x[-1]))
+                pictures = to_output(engine.decode(batch.x[-1]), "pil")
             prompts = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
             values.append(rewards.score(reward, pictures, prompts))
     except Exception as error:  # every rank must hear of it before the next collective
