@@ -292,7 +292,7 @@ def joint_attention(
     q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, mask_B11S: Tensor | None = None
 ) -> Tensor:
     """`reference.joint_attention`; masks and gradients go to the library's kernel."""
-    grad = torch.is_grad_enabled() and (q_BTNH.requires_grad or v_BSNH.requires_grad)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTNH, k_BSNH, v_BSNH))
     if mask_B11S is not None or grad or torch.compiler.is_compiling():
         return reference.joint_attention(q_BTNH, k_BSNH, v_BSNH, mask_B11S)
     q, k, v = unit(q_BTNH), unit(k_BSNH), unit(v_BSNH)

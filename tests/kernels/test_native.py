@@ -102,6 +102,17 @@ def test_joint_attention(t, s, h, dtype):
     assert_as_good(found, like, exact.transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_joint_attention_keeps_the_gradient_of_each_input(which):
+    inputs = [randn(2, 5, 3, 32, seed=seed) for seed in range(3)]
+    inputs[which].requires_grad_()
+    found, like = (
+        torch.autograd.grad(module.joint_attention(*inputs).square().sum(), inputs[which])[0]
+        for module in (native, reference)
+    )
+    assert torch.equal(found, like)
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (16, 192, 768), (77, 45, 33), (130, 96, 64)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_pack_linear(m, n, k, biased):
