@@ -69,6 +69,12 @@ inline float gelu_slope(float x) {
   return s + x * s * (1.0f - s) * (kLinear + 3.0f * kCubic * x * x);
 }
 
+// The same rows `elements` further on: another head, or another modulation.
+inline Rows offset(Rows rows, int64_t elements) {
+  rows.data = static_cast<char*>(rows.data) + elements * (rows.type == Type::bf16 ? 2 : 4);
+  return rows;
+}
+
 template <class T>
 inline T* at(const Rows& rows, int64_t b, int64_t t) {
   return static_cast<T*>(rows.data) + b * rows.batch + t * rows.row;
@@ -114,11 +120,11 @@ void read(float* out, const Rows& rows, int64_t b, int64_t t, int64_t n) {
     widen(out, at<const float>(rows, b, t), n);
 }
 
-void write(const Rows& rows, int64_t b, int64_t t, const float* in, int64_t n, int64_t offset = 0) {
+void write(const Rows& rows, int64_t b, int64_t t, const float* in, int64_t n) {
   if (rows.type == Type::bf16)
-    narrow(at<bf16>(rows, b, t) + offset, in, n);
+    narrow(at<bf16>(rows, b, t), in, n);
   else
-    narrow(at<float>(rows, b, t) + offset, in, n);
+    narrow(at<float>(rows, b, t), in, n);
 }
 
 // Buffers of one thread: rows of D floats.
@@ -174,7 +180,7 @@ void residual_norm(const ResidualNorm& p, int64_t row0, int64_t row1) {
         }
         out = w;
       }
-      write(p.y, b, t, out, D, m * p.y_set);
+      write(offset(p.y, m * p.y_set), b, t, out, D);
     }
   }
 }
@@ -213,10 +219,7 @@ void residual_norm_backward(const ResidualNorm& p, int64_t b0, int64_t b1) {
         read(n, p.h, b, t, D);
         for (int64_t d = 0; d < D; d++) n[d] = (n[d] - mean) * rstd, g[d] = 0.0f;
         for (int64_t m = 0; m < p.M; m++) {
-          Rows slab = p.dy;
-          const int64_t size = slab.type == Type::bf16 ? 2 : 4;
-          slab.data = static_cast<char*>(slab.data) + m * p.dy_set * size;
-          read(dy, slab, b, t, D);
+          read(dy, offset(p.dy, m * p.dy_set), b, t, D);
           if (!p.scale.data) {
             for (int64_t d = 0; d < D; d++) g[d] += dy[d];
             continue;
@@ -282,13 +285,6 @@ inline void rotate(float* __restrict x, const float* __restrict turns, float sig
   }
 }
 
-inline Rows head(const Rows& rows, int64_t stride, int64_t n) {
-  Rows out = rows;
-  const int64_t size = rows.type == Type::bf16 ? 2 : 4;
-  out.data = static_cast<char*>(rows.data) + n * stride * size;
-  return out;
-}
-
 void head_norm(const HeadNorm& p, int64_t row0, int64_t row1) {
   const int64_t H = p.H;
   Scratch scratch(H, 1);
@@ -296,13 +292,13 @@ void head_norm(const HeadNorm& p, int64_t row0, int64_t row1) {
   for (int64_t row = row0; row < row1; row++) {
     const int64_t b = row / p.T, t = row % p.T;
     for (int64_t n = 0; n < p.N; n++) {
-      read(x, head(p.x, p.x_head, n), b, t, H);
+      read(x, offset(p.x, n * p.x_head), b, t, H);
       if (p.weight) {
         const float rstd = 1.0f / std::sqrt(dot(x, x, H) / H + p.eps);
         for (int64_t d = 0; d < H; d++) x[d] *= rstd * p.weight[d];
       }
       if (p.rope) rotate(x, p.rope + b * p.rope_batch + t * p.rope_row, 1.0f, H);
-      write(head(p.out, p.out_head, n), b, t, x, H);
+      write(offset(p.out, n * p.out_head), b, t, x, H);
     }
   }
 }
@@ -315,17 +311,17 @@ void head_norm_backward(const HeadNorm& p, int64_t b0, int64_t b1) {
   for (int64_t b = b0; b < b1; b++)
     for (int64_t t = 0; t < p.T; t++)
       for (int64_t n = 0; n < p.N; n++) {
-        read(g, head(p.out, p.out_head, n), b, t, H);
+        read(g, offset(p.out, n * p.out_head), b, t, H);
         if (p.rope) rotate(g, p.rope + b * p.rope_batch + t * p.rope_row, -1.0f, H);
         if (p.weight) {
-          read(x, head(p.x, p.x_head, n), b, t, H);
+          read(x, offset(p.x, n * p.x_head), b, t, H);
           const float rstd = 1.0f / std::sqrt(dot(x, x, H) / H + p.eps);
           for (int64_t d = 0; d < H; d++) x[d] *= rstd;
           if (p.dweight) accumulate(p.dweight + b * H, g, x, H);
           for (int64_t d = 0; d < H; d++) g[d] *= p.weight[d];
           through_norm(g, x, rstd, false, H);
         }
-        write(head(p.dx, p.dx_head, n), b, t, g, H);
+        write(offset(p.dx, n * p.dx_head), b, t, g, H);
       }
 }
 
@@ -492,7 +488,7 @@ void attention(const Attention& p, int64_t head0, int64_t head1) {
   const float scale = 1.0f / std::sqrt(float(H));
   for (int64_t index = head0; index < head1; index++) {
     const int64_t b = index / p.N, n = index % p.N;
-    const Rows k = head(p.k, p.k_head, n), v = head(p.v, p.v_head, n);
+    const Rows k = offset(p.k, n * p.k_head), v = offset(p.v, n * p.v_head);
     for (int64_t s = 0; s < S; s++) {
       read(q.data(), k, b, s, H);
       for (int64_t d = 0; d < H; d++) keys[d * keys_width + s] = q[d];
@@ -501,7 +497,7 @@ void attention(const Attention& p, int64_t head0, int64_t head1) {
     for (int64_t t0 = 0; t0 < p.T; t0 += kQueries) {
       const int64_t rows = p.T - t0 < kQueries ? p.T - t0 : kQueries;
       for (int64_t r = 0; r < rows; r++)
-        read(q.data() + r * H, head(p.q, p.q_head, n), b, t0 + r, H);
+        read(q.data() + r * H, offset(p.q, n * p.q_head), b, t0 + r, H);
       product(q.data(), H, keys.data(), keys_width, H, weights.data());
       for (int64_t r = 0; r < rows; r++) {
         float* __restrict w = weights.data() + r * keys_width;
@@ -513,7 +509,7 @@ void attention(const Attention& p, int64_t head0, int64_t head1) {
       }
       product(weights.data(), keys_width, values.data(), out_width, S, o.data());
       for (int64_t r = 0; r < rows; r++)
-        write(head(p.out, p.out_head, n), b, t0 + r, o.data() + r * out_width, H);
+        write(offset(p.out, n * p.out_head), b, t0 + r, o.data() + r * out_width, H);
     }
   }
 }
