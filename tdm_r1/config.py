@@ -47,9 +47,14 @@ class Optimizers:
 
 @dataclass(frozen=True)
 class Roles:
-    """`full`: every role copies the transformer. `lora`: named adapters over one frozen base."""
+    """`full`: every role copies the transformer. `lora`: named adapters over one frozen base.
+
+    `full`, under `lora`: the trained roles that copy the transformer nevertheless. A fake score
+    must keep up with its generator; it is not shipped, so it need not be small.
+    """
 
     kind: str = "lora"
+    full: tuple[str, ...] = ()
     rank: int = 32
     alpha: float = 64.0
     targets: tuple[str, ...] = ()
@@ -208,6 +213,8 @@ def validate(recipe: Recipe) -> Recipe:
     """Checks that need more than one field, or a list of allowed values. Raises ConfigError."""
     _choice("method", recipe.method, METHODS)
     _choice("roles.kind", recipe.roles.kind, ("full", "lora"))
+    for name in recipe.roles.full:
+        _choice("roles.full", name, ("generator", "fake", "surrogate"))
     _choice("precision", recipe.precision, ("bf16", "fp32"))
     _choice("reinforcement.reference", recipe.reinforcement.reference, ("frozen", "ema"))
     _choice("zero_stage", recipe.zero_stage, (0, 1, 2))

@@ -1,7 +1,7 @@
 """Generator, fake score, surrogate reward and their copies: models that share what they can.
 
-`full`: every role owns a copy of the transformer. `lora`: one frozen base, a named adapter each.
-Either way a role is a module whose forward is a velocity, and `tensors()` is what training changes.
+`full`: every role owns a copy of the transformer. `lora`: one frozen base, a named adapter each,
+but for those that `roles.full` names. Either way a role is a module whose forward is a velocity, and `tensors()` is what training changes.
 """
 
 from __future__ import annotations
@@ -97,42 +97,32 @@ def build_roles(
     fake score and the surrogate start from the base.
     """
     names = (*TRAINED[method], *COPIES[method], *(("reference",) if ema_reference else ()))
-    build = _build_lora if config.kind == "lora" else _build_full
-    roles = build(base, names, config, few_step, bf16)
+    base.requires_grad_(False)
+    roles: dict[str, Role] = {}
+    adapters = []
+    for name in names:
+        origin = ORIGIN.get(name, name)
+        if config.kind == "lora" and origin not in config.full:
+            adapters.append(name)
+            continue
+        transformer = copy.deepcopy(base)
+        if few_step and origin == "generator":
+            lora.merge_lora(transformer, few_step)
+        roles[name] = Role(name, transformer, None, bf16)
+    if adapters:
+        targets = config.targets or lora.TARGETS[base.family]
+        lora.inject(base, adapters, rank=config.rank, alpha=config.alpha, targets=targets)
+        roles |= {name: Role(name, base, name, bf16) for name in adapters}
+        if few_step and "generator" in adapters:
+            _start_from(roles["generator"], few_step)
+        for name in set(adapters) & set(ORIGIN):
+            follow(roles[name], roles[ORIGIN[name]], 1.0)
+    roles["base"] = Role("base", base, None, bf16)
+    if not adapters:
+        base.freeze()
     for name, role in roles.items():
         for tensor in role.tensors().values():
             tensor.requires_grad_(name in TRAINED[method])
-    return roles
-
-
-def _build_full(base, names, config, few_step, bf16) -> dict[str, Role]:
-    roles = {"base": Role("base", base.requires_grad_(False), None, bf16)}
-    for name in names:
-        transformer = copy.deepcopy(base)
-        if few_step and ORIGIN.get(name, name) == "generator":
-            lora.merge_lora(transformer, few_step)
-        roles[name] = Role(name, transformer, None, bf16)
-    base.freeze()
-    return roles
-
-
-def _build_lora(base, names, config, few_step, bf16) -> dict[str, Role]:
-    base.requires_grad_(False)
-    lora.inject(
-        base,
-        names,
-        rank=config.rank,
-        alpha=config.alpha,
-        targets=config.targets or lora.TARGETS[base.family],
-    )
-    roles = {"base": Role("base", base, None, bf16)}
-    for name in names:
-        roles[name] = Role(name, base, name, bf16)
-    if few_step:
-        _start_from(roles["generator"], few_step)
-    for name in names:
-        if name in ORIGIN:
-            follow(roles[name], roles[ORIGIN[name]], 1.0)
     return roles
 
 

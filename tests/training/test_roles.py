@@ -26,11 +26,13 @@ def few_step_lora(model_dir):
 
 def build(model_dir, kind, few_step=None):
     base = load_transformer(model_dir, dtype=torch.float32)
-    config = Roles(kind=kind, rank=4, alpha=4.0, targets=TARGETS)
+    full = ("fake",) if kind == "mixed" else ()
+    kind = "lora" if full else kind
+    config = Roles(kind=kind, full=full, rank=4, alpha=4.0, targets=TARGETS)
     return build_roles(base, "tdm_r1", config, few_step=few_step, bf16=False, ema_reference=True)
 
 
-@pytest.fixture(params=["lora", "full"])
+@pytest.fixture(params=["lora", "full", "mixed"])
 def kind(request):
     return request.param
 
