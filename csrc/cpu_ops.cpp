@@ -219,18 +219,21 @@ void pack_panels(Tensor weight, Tensor panels) {
   });
 }
 
-void linear(Tensor x, Tensor panels, Optional bias, int64_t N, Tensor out) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.stride(1) == 1, "x must be [M, K] with unit stride along K");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x must be float32");
+void linear(Tensor x, Tensor panels, Optional bias, int64_t N, bool gelu, Tensor out) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must be [B, T, K]");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::Float,
+                  "x and out must be float32");
   Linear p{};
-  p.M = x.size(0), p.N = N, p.K = x.size(1);
-  const int64_t count = (N + kPanel - 1) / kPanel, chunks = (p.M + kPanelRows - 1) / kPanelRows;
-  p.x = static_cast<const float*>(x.data_ptr());
-  p.x_row = x.stride(0);
+  p.B = x.size(0), p.T = x.size(1), p.N = N, p.K = x.size(2);
+  const Rows from = rows_of(x, "x", p.B, p.T, p.K), to = rows_of(out, "out", p.B, p.T, N);
+  const int64_t M = p.B * p.T, count = (N + kPanel - 1) / kPanel;
+  const int64_t chunks = (M + kPanelRows - 1) / kPanelRows;
+  p.x = static_cast<const float*>(from.data), p.x_batch = from.batch, p.x_row = from.row;
+  p.out = static_cast<float*>(to.data), p.out_batch = to.batch, p.out_row = to.row;
   p.panels = floats_of(panels, "panels", count * kPanel * p.K);
   p.bias = floats_of(bias, "bias", N);
-  p.out = floats_of(out, "out", p.M * N);
-  run(kernels().linear, p, count * chunks, std::min(p.M, kPanelRows) * kPanel * p.K / 16);
+  p.gelu = gelu;
+  run(kernels().linear, p, count * chunks, std::min(M, kPanelRows) * kPanel * p.K / 16);
 }
 
 std::string instruction_set() { return kernels().name; }

@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY(tdm_kernels, m) {
       "swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out) -> ()");
   m.def("pack_panels(Tensor weight, Tensor(a!) panels) -> ()");
-  m.def("linear(Tensor x, Tensor panels, Tensor? bias, int N, Tensor(a!) out) -> ()");
+  m.def("linear(Tensor x, Tensor panels, Tensor? bias, int N, bool gelu, Tensor(a!) out) -> ()");
   m.def("instruction_set() -> str");
   m.def("use_instruction_set(str name) -> ()");
 }

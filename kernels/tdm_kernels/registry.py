@@ -102,6 +102,7 @@ TRITON_OPS = {
     "qk_norm_rope": "tdm_kernels.qk_norm_rope:qk_norm_rope",
     "swiglu": "tdm_kernels.glu:swiglu",
     "gelu_tanh": "tdm_kernels.glu:gelu_tanh",
+    "pack_linear": "tdm_kernels.linear:pack_linear",
 }
 NATIVE_OPS = tuple(op for op in OP_NAMES if hasattr(native, op))
 IMPLS = (

@@ -5,7 +5,7 @@ import torch
 from tdm_kernels import native, reference, registry
 from tdm_kernels.registry import select
 
-from tests.kernels.compare import assert_as_good, compare, randn
+from tests.kernels.compare import ULP, assert_as_good, compare, randn
 
 pytestmark = pytest.mark.skipif(bool(native.load()), reason=f"the native library {native.load()}")
 
@@ -126,6 +126,31 @@ def test_pack_linear(m, n, k, biased):
     assert torch.equal(linear(strided), linear(x))
     weight.zero_()  # panels follow an in-place update
     assert torch.equal(linear(x), torch.nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("b", "t", "n"), [(1, 16, 64), (3, 9, 45), (2, 24, 96)])
+def test_pack_linear_activates_and_writes_where_it_is_told(b, t, n, gelu):
+    x, weight, bias = randn(b, t, 40, seed=1), randn(n, 40, seed=2), randn(n, seed=3)
+    linear, plain = (m.pack_linear(weight, bias, [], gelu=gelu) for m in (native, reference))
+    exact = reference.pack_linear(weight.double(), bias.double(), [], gelu=gelu)(x.double())
+    assert_as_good(linear(x), plain(x), exact)
+    rows = torch.full((b, t + 5, n), float("nan"))
+    assert linear(x, rows[:, 2 : t + 2]) is not None
+    assert torch.equal(rows[:, 2 : t + 2], linear(x))
+    assert rows[:, :2].isnan().all() and rows[:, t + 2 :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_the_tail_have_weights_of_their_own(dtype):
+    q, k = randn(2, 21, 3, 3, 64, seed=1, dtype=dtype).unbind(2)[:2]
+    weights = [randn(64, seed=s) for s in range(2, 6)]
+    tail = (16, *weights[2:])
+    with torch.no_grad():
+        found = native.qk_norm_rope(q, k, *weights[:2], tail=tail)
+        like = reference.qk_norm_rope(q, k, *weights[:2], tail=tail)
+    for x, y in zip(found, like, strict=True):
+        torch.testing.assert_close(x, y, rtol=2 * ULP[dtype], atol=2 * ULP[dtype])
 
 
 def test_pack_linear_leaves_half_precision_to_the_library():
