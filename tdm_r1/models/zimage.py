@@ -98,13 +98,14 @@ class ZImageConfig:
 class ZImageContext:
     """What one prompt batch and one latent size fix; 1 row serves any batch (one prompt's group).
 
-    mask_B11S is None when no caption needs batch padding, else True for rows that are attended.
+    lengths_B counts the rows of the joint sequence that are attended: all up to a caption's batch
+    padding, which comes last. None when no caption needs any.
     """
 
     text_BPD: Tensor
     rope_image_BINH: Tensor
     rope_joint_BSNH: Tensor
-    mask_B11S: Tensor | None
+    lengths_B: Tensor | None
     num_image_pads: int
 
 
@@ -155,14 +156,14 @@ class Block(nn.Module):
         h_BTD: Tensor,
         ops: Ops,
         rope_BTNH: Tensor,
-        mask_B11T: Tensor | None = None,
+        lengths_B: Tensor | None = None,
         mod_4B1D: Tensor | None = None,
         num_rows: int | None = None,
     ) -> Tensor:
         """Return the updated stream, or only its first `num_rows` rows (all rows are attended)."""
         scale1, gate1, scale2, gate2 = (None,) * 4 if mod_4B1D is None else mod_4B1D.unbind()
         y = ops.norm_modulate(h_BTD, scale1, weight_D=self.attention_norm1.weight, eps=self.eps)
-        o = self.attention.attend(y, ops, rope_BTNH, mask_B11T, num_rows)
+        o = self.attention.attend(y, ops, rope_BTNH, lengths_B, num_rows)
         h_BTD, y = ops.gate_residual_norm(
             h_BTD[:, :num_rows],
             o,
@@ -225,10 +226,10 @@ class ZImageTransformer(Transformer):
         return [block.adaLN_modulation[0] for block in (*self.noise_refiner, *self.layers)]
 
     def context(self, cond: Condition, height: int, width: int) -> ZImageContext:
-        """Return the refined captions, the rotation tables and the mask of batch padding.
+        """Return the refined captions, the rotation tables and how many rows are attended.
 
         Captions are padded with a learned, attended token to P_i = ceil32(length_i); only the rows
-        from P_i up to the batch's longest P are masked. Raises ConfigError for sizes that are not
+        from P_i up to the batch's longest P are not. Raises ConfigError for sizes that are not
         whole patches or exceed the rotation tables, an empty caption, or features of another width.
         """
         config, device = self.config, cond.tokens_BTE.device
@@ -238,25 +239,23 @@ class ZImageTransformer(Transformer):
         text_BPD = self.embed_captions(cond, num_text)
         # One row of tables serves the whole batch when all captions pad to the same length.
         if min(padded) == num_text:
-            padded, mask_B1P = padded[:1], None
+            padded, lengths_B = padded[:1], None
         else:
-            padded_B1 = torch.tensor(padded, device=device)[:, None]
-            mask_B1P = torch.arange(num_text, device=device) < padded_B1
+            lengths_B = torch.tensor(padded, device=device)
         text_ids, image_ids = position_ids(
             padded, height // config.patch_size, width // config.patch_size, device
         )
         rope_image = rope_table(image_ids, config)
         rope_text = rope_table(text_ids, config).expand(len(padded), -1, -1, -1)
-        mask_B11P = None if mask_B1P is None else mask_B1P[:, None, None]
         for block in self.context_refiner:
-            text_BPD = block(text_BPD, self.ops, rope_text, mask_B11P)
+            text_BPD = block(text_BPD, self.ops, rope_text, lengths_B)
         num_padded_image = image_ids.shape[1]
         return ZImageContext(
             text_BPD,
             rope_image,
             torch.cat([rope_image, rope_text], dim=1),
-            # Image rows, learned pads included, are never masked.
-            None if mask_B11P is None else F.pad(mask_B11P, (num_padded_image, 0), value=True),
+            # Image rows come first and are all attended, learned pads included.
+            None if lengths_B is None else num_padded_image + lengths_B,
             num_padded_image - height * width // config.patch_size**2,
         )
 
@@ -306,10 +305,10 @@ class ZImageTransformer(Transformer):
         for block, mod in zip(self.noise_refiner, mods[:num_refiners], strict=True):
             h = block(h, ops, context.rope_image_BINH, None, mod)
         h = torch.cat([h, context.text_BPD.expand(b, -1, -1)], dim=1)
-        rope, mask = context.rope_joint_BSNH, context.mask_B11S
+        rope, lengths_B = context.rope_joint_BSNH, context.lengths_B
         last = len(self.layers) - 1
         for index, (block, mod) in enumerate(zip(self.layers, mods[num_refiners:], strict=True)):
-            h = block(h, ops, rope, mask, mod, num_image if index == last else None)
+            h = block(h, ops, rope, lengths_B, mod, num_image if index == last else None)
         y = ops.norm_modulate(h[:, :num_image], mod_MB1D[-1], eps=FINAL_EPS)
         out = self.all_final_layer[config.patch_key].linear(y)
         return -unpatchify(out, height, width, config.patch_size).float()
