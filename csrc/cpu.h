@@ -74,10 +74,12 @@ struct Elementwise {
 };
 
 // softmax(q k^T / sqrt(H)) v for T query and S key rows; strides as in HeadNorm, `out` [B, T, N, H].
+// Of sample b the first `lengths[b]` keys count, without `lengths` all.
 struct Attention {
   int64_t B, T, S, N, H;
   Rows q, k, v, out;
   int64_t q_head = 0, k_head = 0, v_head = 0, out_head = 0;
+  const int64_t* lengths = nullptr;
 };
 
 // out [B, T, N] = x [B, T, K] W^T + bias, then GELU-tanh if asked. `panels` is W [N, K] cut along N

@@ -486,14 +486,16 @@ void linear(const Linear& p, int64_t item0, int64_t item1) {
 
 // One head at a time, a few queries at a time: its keys (transposed) and values are widened once.
 void attention(const Attention& p, int64_t head0, int64_t head1) {
-  const int64_t S = p.S, H = p.H;
-  const int64_t keys_width = (S + kLanes - 1) / kLanes * kLanes;
+  const int64_t H = p.H;
+  const int64_t most_keys = (p.S + kLanes - 1) / kLanes * kLanes;
   const int64_t out_width = (H + kLanes - 1) / kLanes * kLanes;
-  std::vector<float> keys(H * keys_width), values(S * out_width), q(kQueries * H);
-  std::vector<float> weights(kQueries * keys_width), o(kQueries * out_width);
+  std::vector<float> keys(H * most_keys), values(p.S * out_width), q(kQueries * H);
+  std::vector<float> weights(kQueries * most_keys), o(kQueries * out_width);
   const float scale = 1.0f / std::sqrt(float(H));
   for (int64_t index = head0; index < head1; index++) {
     const int64_t b = index / p.N, n = index % p.N;
+    const int64_t S = p.lengths ? p.lengths[b] : p.S;
+    const int64_t keys_width = (S + kLanes - 1) / kLanes * kLanes;
     const Rows k = offset(p.k, n * p.k_head), v = offset(p.v, n * p.v_head);
     for (int64_t s = 0; s < S; s++) {
       read(q.data(), k, b, s, H);

@@ -192,11 +192,15 @@ void swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor dgate, Tensor dup
   run(kernels().swiglu_backward, p, gate.numel(), 4);
 }
 
-void attention(Tensor q, Tensor k, Tensor v, Tensor out) {
+void attention(Tensor q, Tensor k, Tensor v, Optional lengths, Tensor out) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be [B, T, N, H]");
   Attention p{};
   p.B = q.size(0), p.T = q.size(1), p.N = q.size(2), p.H = q.size(3), p.S = k.size(1);
   STD_TORCH_CHECK(p.S > 0, "there must be a key");
+  p.lengths = counts_of(lengths, "lengths", p.B);
+  for (int64_t b = 0; lengths && b < p.B; b++)
+    STD_TORCH_CHECK(0 < p.lengths[b] && p.lengths[b] <= p.S, "lengths must be 1 to ", p.S, ", not ",
+                    p.lengths[b]);
   p.q = heads_of(q, "q", p.B, p.T, p.N, p.H, p.q_head);
   p.k = heads_of(k, "k", p.B, p.S, p.N, p.H, p.k_head);
   p.v = heads_of(v, "v", p.B, p.S, p.N, p.H, p.v_head);

@@ -311,15 +311,16 @@ class _Gelu(torch.autograd.Function):
 
 
 def joint_attention(
-    q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, mask_B11S: Tensor | None = None
+    q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, lengths_B: Tensor | None = None
 ) -> Tensor:
-    """`reference.joint_attention`; masks and gradients go to the library's kernel."""
+    """`reference.joint_attention`; reads no key beyond a length. Gradients go to the library."""
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTNH, k_BSNH, v_BSNH))
-    if mask_B11S is not None or grad or torch.compiler.is_compiling():
-        return reference.joint_attention(q_BTNH, k_BSNH, v_BSNH, mask_B11S)
+    if grad or torch.compiler.is_compiling():
+        return reference.joint_attention(q_BTNH, k_BSNH, v_BSNH, lengths_B)
     q, k, v = unit(q_BTNH), unit(k_BSNH), unit(v_BSNH)
     out = q.new_empty(q.shape)
-    _op("attention")(q, k, v, out)
+    lengths = None if lengths_B is None else lengths_B.to(torch.int64).contiguous()
+    _op("attention")(q, k, v, lengths, out)
     return out.flatten(2)
 
 

@@ -129,9 +129,17 @@ def gelu_tanh(x_BTF: Tensor) -> Tensor:
 
 
 def joint_attention(
-    q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, mask_B11S: Tensor | None = None
+    q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, lengths_B: Tensor | None = None
 ) -> Tensor:
-    """Return softmax(q k^T / sqrt(H)) v as [B, T, N * H]; `mask_B11S` is bool, True = attend."""
+    """Return softmax(q k^T / sqrt(H)) v as [B, T, N * H].
+
+    Every row of sample b attends its first `lengths_B[b]` keys (int32 or int64, 1 to S), all keys
+    without lengths. Later rows of k and v weigh nothing, but must be finite here.
+    """
+    mask_B11S = None
+    if lengths_B is not None:
+        keys_S = torch.arange(k_BSNH.shape[1], device=lengths_B.device)
+        mask_B11S = (keys_S < lengths_B[:, None])[:, None, None]
     half = q_BTNH.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     if q_BTNH.device.type != "cpu" or not half:
         return _attend(q_BTNH, k_BSNH, v_BSNH, mask_B11S)

@@ -175,16 +175,17 @@ class Attention(Packable):
         y_BTD: Tensor,
         ops: Ops,
         rope_BTNH: Tensor | None = None,
-        mask_B11T: Tensor | None = None,
+        lengths_B: Tensor | None = None,
         num_rows: int | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Return the projected self-attention output, of all rows or of the first `num_rows`.
 
-        `out`: as in `linear`.
+        Of sample b the first `lengths_B[b]` rows are attended, without lengths all. `out`: as in
+        `linear`.
         """
         q, k, v = self.qkv(y_BTD, ops, rope_BTNH)
-        return self.linear("out", ops.joint_attention(q[:, :num_rows], k, v, mask_B11T), out)
+        return self.linear("out", ops.joint_attention(q[:, :num_rows], k, v, lengths_B), out)
 
 
 def norm_weight(norm: nn.RMSNorm | None) -> Tensor | None:

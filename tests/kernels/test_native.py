@@ -102,6 +102,21 @@ def test_joint_attention(t, s, h, dtype):
     assert_as_good(found, like, exact.transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_joint_attention_reads_no_key_beyond_a_length(dtype):
+    q = randn(3, 5, 2, 24, seed=1, dtype=dtype)
+    k, v = randn(3, 40, 2, 2, 24, seed=2, dtype=dtype).unbind(2)
+    lengths = torch.tensor([1, 40, 17], dtype=torch.int32)
+    with torch.no_grad():
+        expected = [
+            native.joint_attention(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n])
+            for b, n in enumerate(lengths.tolist())
+        ]
+        for b, n in enumerate(lengths.tolist()):
+            k[b, n:], v[b, n:] = torch.nan, torch.nan
+        assert torch.equal(native.joint_attention(q, k, v, lengths), torch.cat(expected))
+
+
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_joint_attention_keeps_the_gradient_of_each_input(which):
     inputs = [randn(2, 5, 3, 32, seed=seed) for seed in range(3)]
@@ -176,12 +191,15 @@ def test_autocast_returns_what_the_next_linear_reads():
 
 
 def test_refuses_what_the_kernels_cannot_read():
-    x = randn(2, 5, 32, seed=1)
+    x, q = randn(2, 5, 32, seed=1), randn(2, 5, 3, 8, seed=1)
     for call, message in (
         (lambda: native.norm_modulate(x, randn(2, 5, 32, seed=2)), "scale must be"),
         (lambda: native.norm_modulate(x.half()), "float32 or bfloat16"),
         (lambda: native.gate_residual(x, x[:, :4]), "branch must be"),
         (lambda: native.norm_modulate(x, weight_D=randn(31, seed=2)), "weight must be 32"),
+        (lambda: native.joint_attention(q, q, q, torch.tensor([5])), "lengths must be 2"),
+        (lambda: native.joint_attention(q, q, q, torch.tensor([5, 6])), "must be 1 to 5, not 6"),
+        (lambda: native.joint_attention(q, q, q, torch.tensor([0, 5])), "must be 1 to 5, not 0"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()

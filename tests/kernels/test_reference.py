@@ -118,18 +118,19 @@ def test_activations(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lengths_dtype", [None, torch.int32, torch.int64])
 @pytest.mark.parametrize("num_tokens", TOKENS)
-def test_joint_attention(num_tokens, masked, dtype):
+def test_joint_attention(num_tokens, lengths_dtype, dtype):
     shapes = [(B, num_tokens, N, H), (B, 11, N, H), (B, 11, N, H)]
     inputs = [randn(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     (q, k, v), (q_, k_, v_) = cast(dtype, *inputs)
-    mask = (torch.arange(11) < torch.tensor([[4], [11]]))[:, None, None] if masked else None
     logits = torch.einsum("btnh,bsnh->bnts", q_, k_) / math.sqrt(H)
-    if masked:
-        logits = logits.masked_fill(~mask, -math.inf)
+    lengths = None
+    if lengths_dtype is not None:
+        lengths = torch.tensor([4, 11], dtype=lengths_dtype)
+        logits[0, :, :, 4:] = -math.inf
     expected = torch.einsum("bnts,bsnh->btnh", logits.softmax(-1), v_).flatten(2)
-    actual = reference.joint_attention(q, k, v, mask)
+    actual = reference.joint_attention(q, k, v, lengths)
     assert actual.dtype == dtype
     assert_near(actual, expected)
 
