@@ -13,7 +13,7 @@ and shift [2, B, 1, D], and then returns [2, B, T, D].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -169,6 +169,16 @@ def linear(
     if gelu:
         y = gelu_tanh(y)
     return y if out is None else out.copy_(y)
+
+
+def record(call: Callable[..., Tensor], sources: Iterable[Tensor]) -> Callable[..., Tensor]:
+    """Return what computes `call`, for inference, perhaps from a recording of the ops it runs.
+
+    `call` runs ops of one `Ops` and makes views, nothing else; its first argument is a tensor, the
+    others are tensors or values. `sources` are the weights it reads: a recording watches their
+    versions.
+    """
+    return call
 
 
 def solver_step(
