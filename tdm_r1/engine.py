@@ -214,7 +214,7 @@ class Engine:
         transformer = self.pipeline.transformer
         if not transformer.frozen:  # adapters may be switched, which no version counter shows
             return self._plan(transformer, cond, None, x_BChw)
-        version = hash(tuple((p.data_ptr(), p._version) for p in transformer.parameters()))
+        version = hash(tuple((p.data_ptr(), p._version) for p in transformer.weights))
         key = (prompt, *x_BChw.shape[2:], transformer.dtype, version)
         plan = self._plans.pop(key, None)
         if plan is None or plan.transformer is not transformer:

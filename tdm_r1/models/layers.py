@@ -207,6 +207,7 @@ class Transformer(Packable):
         self.head_dim = head_dim
         self.frozen = False
         self.recorded: dict[str, Callable[..., Tensor]] = {}
+        self.weights: tuple[nn.Parameter, ...] = ()  # once frozen: finding them takes its time
         self.bind_ops()
 
     @property
@@ -256,8 +257,9 @@ class Transformer(Packable):
         for module in self.modules():
             if isinstance(module, Packable) and not module.packed:
                 module.pack(self.ops)
+        self.weights = tuple(self.parameters())
         for name in self.recordable:
-            self.recorded[name] = self.ops.record(getattr(self, name), self.parameters())
+            self.recorded[name] = self.ops.record(getattr(self, name), self.weights)
         self.frozen = True
         return self
 
@@ -266,7 +268,7 @@ class Transformer(Packable):
         for module in self.modules():
             if isinstance(module, Packable):
                 module.unpack()
-        self.recorded = {}
+        self.recorded, self.weights = {}, ()
         self.frozen = False
         return self
 
@@ -275,7 +277,7 @@ class Transformer(Packable):
         return self.recorded.get(name, getattr(self, name))(*inputs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "recorded": {}}
+        return {**super().__getstate__(), "recorded": {}, "weights": ()}
 
     def bind_ops(self) -> None:
         """Choose the ops for the device and dtype the parameters are on now.
