@@ -62,6 +62,10 @@ inline float* floats_of(const Optional& x, const char* name, int64_t count) {
   return numbers_of<float>(x, name, count, ScalarType::Float, "float32");
 }
 
+inline int64_t* counts_of(const Optional& x, const char* name, int64_t count) {
+  return numbers_of<int64_t>(x, name, count, ScalarType::Long, "int64");
+}
+
 inline double* sums_of(const Optional& x, const char* name, int64_t count) {
   return numbers_of<double>(x, name, count, ScalarType::Double, "float64");
 }

@@ -74,23 +74,27 @@ struct Elementwise {
 };
 
 // softmax(q k^T / sqrt(H)) v for T query and S key rows; strides as in HeadNorm, `out` [B, T, N, H].
+// Of sample b the first `lengths[b]` keys count, without `lengths` all.
 struct Attention {
   int64_t B, T, S, N, H;
   Rows q, k, v, out;
   int64_t q_head = 0, k_head = 0, v_head = 0, out_head = 0;
+  const int64_t* lengths = nullptr;
 };
 
-// out [M, N] = x [M, K] W^T + bias. `panels` is W [N, K] cut along N into pieces of kPanel columns,
-// each stored as [K, kPanel], the last one filled up with zeros.
+// out [B, T, N] = x [B, T, K] W^T + bias, then GELU-tanh if asked. `panels` is W [N, K] cut along N
+// into pieces of kPanel columns, each stored as [K, kPanel], the last one filled up with zeros.
 constexpr int64_t kPanel = 32, kPanelRows = 64;  // an item of work: one panel, 64 rows of x
 
 struct Linear {
-  int64_t M, N, K;
+  int64_t B, T, N, K;
   const float* x = nullptr;
-  int64_t x_row = 0;
+  int64_t x_batch = 0, x_row = 0;
   const float* panels = nullptr;
   const float* bias = nullptr;
   float* out = nullptr;
+  int64_t out_batch = 0, out_row = 0;
+  bool gelu = false;
 };
 
 // One function per kernel and pass; each does the half-open range of the index named first.

@@ -447,11 +447,11 @@ inline void panel_rows(const float* x, int64_t x_row, const float* panel, int64_
 
 void linear(const Linear& p, int64_t item0, int64_t item1) {
   constexpr int kRows = kLanes == 16 ? 8 : 4;
-  const int64_t chunks = (p.M + kPanelRows - 1) / kPanelRows;
+  const int64_t M = p.B * p.T, chunks = (M + kPanelRows - 1) / kPanelRows;
   float edge[kRows * kPanel], edge_bias[kPanel];
   for (int64_t item = item0; item < item1; item++) {  // chunks inside: a panel stays in the cache
     const int64_t n0 = item / chunks * kPanel, first = item % chunks * kPanelRows;
-    const int64_t last = first + kPanelRows < p.M ? first + kPanelRows : p.M;
+    const int64_t last = first + kPanelRows < M ? first + kPanelRows : M;
     const int64_t columns = p.N - n0 < kPanel ? p.N - n0 : kPanel;
     const float* panel = p.panels + n0 * p.K;
     const float* bias = p.bias ? p.bias + n0 : nullptr;
@@ -460,19 +460,25 @@ void linear(const Linear& p, int64_t item0, int64_t item1) {
       bias = edge_bias;
     }
     for (int64_t m = first; m < last;) {
-      const float* x = p.x + m * p.x_row;
-      float* out = p.out + m * p.N + n0;
-      const int64_t rows = last - m < kRows ? 1 : kRows;
+      const int64_t b = m / p.T, t = m % p.T;
+      const float* x = p.x + b * p.x_batch + t * p.x_row;
+      float* out = p.out + b * p.out_batch + t * p.out_row + n0;
+      // Rows of two samples are not one stride apart.
+      const int64_t rows = last - m < kRows || p.T - t < kRows ? 1 : kRows;
       const bool whole = columns == kPanel;
       float* target = whole ? out : edge;
-      const int64_t target_row = whole ? p.N : kPanel;
+      const int64_t target_row = whole ? p.out_row : kPanel;
       if (rows == kRows)
         panel_rows<kRows>(x, p.x_row, panel, p.K, bias, target, target_row);
       else
         panel_rows<1>(x, p.x_row, panel, p.K, bias, target, target_row);
+      if (p.gelu)
+        for (int64_t r = 0; r < rows; r++)
+          for (int64_t c = 0; c < kPanel; c++)
+            target[r * target_row + c] = gelu_one(target[r * target_row + c]);
       if (!whole)
         for (int64_t r = 0; r < rows; r++)
-          std::memcpy(out + r * p.N, edge + r * kPanel, columns * sizeof(float));
+          std::memcpy(out + r * p.out_row, edge + r * kPanel, columns * sizeof(float));
       m += rows;
     }
   }
@@ -480,14 +486,16 @@ void linear(const Linear& p, int64_t item0, int64_t item1) {
 
 // One head at a time, a few queries at a time: its keys (transposed) and values are widened once.
 void attention(const Attention& p, int64_t head0, int64_t head1) {
-  const int64_t S = p.S, H = p.H;
-  const int64_t keys_width = (S + kLanes - 1) / kLanes * kLanes;
+  const int64_t H = p.H;
+  const int64_t most_keys = (p.S + kLanes - 1) / kLanes * kLanes;
   const int64_t out_width = (H + kLanes - 1) / kLanes * kLanes;
-  std::vector<float> keys(H * keys_width), values(S * out_width), q(kQueries * H);
-  std::vector<float> weights(kQueries * keys_width), o(kQueries * out_width);
+  std::vector<float> keys(H * most_keys), values(p.S * out_width), q(kQueries * H);
+  std::vector<float> weights(kQueries * most_keys), o(kQueries * out_width);
   const float scale = 1.0f / std::sqrt(float(H));
   for (int64_t index = head0; index < head1; index++) {
     const int64_t b = index / p.N, n = index % p.N;
+    const int64_t S = p.lengths ? p.lengths[b] : p.S;
+    const int64_t keys_width = (S + kLanes - 1) / kLanes * kLanes;
     const Rows k = offset(p.k, n * p.k_head), v = offset(p.v, n * p.v_head);
     for (int64_t s = 0; s < S; s++) {
       read(q.data(), k, b, s, H);

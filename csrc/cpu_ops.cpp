@@ -192,11 +192,15 @@ void swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor dgate, Tensor dup
   run(kernels().swiglu_backward, p, gate.numel(), 4);
 }
 
-void attention(Tensor q, Tensor k, Tensor v, Tensor out) {
+void attention(Tensor q, Tensor k, Tensor v, Optional lengths, Tensor out) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be [B, T, N, H]");
   Attention p{};
   p.B = q.size(0), p.T = q.size(1), p.N = q.size(2), p.H = q.size(3), p.S = k.size(1);
   STD_TORCH_CHECK(p.S > 0, "there must be a key");
+  p.lengths = counts_of(lengths, "lengths", p.B);
+  for (int64_t b = 0; lengths && b < p.B; b++)
+    STD_TORCH_CHECK(0 < p.lengths[b] && p.lengths[b] <= p.S, "lengths must be 1 to ", p.S, ", not ",
+                    p.lengths[b]);
   p.q = heads_of(q, "q", p.B, p.T, p.N, p.H, p.q_head);
   p.k = heads_of(k, "k", p.B, p.S, p.N, p.H, p.k_head);
   p.v = heads_of(v, "v", p.B, p.S, p.N, p.H, p.v_head);
@@ -219,18 +223,21 @@ void pack_panels(Tensor weight, Tensor panels) {
   });
 }
 
-void linear(Tensor x, Tensor panels, Optional bias, int64_t N, Tensor out) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.stride(1) == 1, "x must be [M, K] with unit stride along K");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x must be float32");
+void linear(Tensor x, Tensor panels, Optional bias, int64_t N, bool gelu, Tensor out) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must be [B, T, K]");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::Float,
+                  "x and out must be float32");
   Linear p{};
-  p.M = x.size(0), p.N = N, p.K = x.size(1);
-  const int64_t count = (N + kPanel - 1) / kPanel, chunks = (p.M + kPanelRows - 1) / kPanelRows;
-  p.x = static_cast<const float*>(x.data_ptr());
-  p.x_row = x.stride(0);
+  p.B = x.size(0), p.T = x.size(1), p.N = N, p.K = x.size(2);
+  const Rows from = rows_of(x, "x", p.B, p.T, p.K), to = rows_of(out, "out", p.B, p.T, N);
+  const int64_t M = p.B * p.T, count = (N + kPanel - 1) / kPanel;
+  const int64_t chunks = (M + kPanelRows - 1) / kPanelRows;
+  p.x = static_cast<const float*>(from.data), p.x_batch = from.batch, p.x_row = from.row;
+  p.out = static_cast<float*>(to.data), p.out_batch = to.batch, p.out_row = to.row;
   p.panels = floats_of(panels, "panels", count * kPanel * p.K);
   p.bias = floats_of(bias, "bias", N);
-  p.out = floats_of(out, "out", p.M * N);
-  run(kernels().linear, p, count * chunks, std::min(p.M, kPanelRows) * kPanel * p.K / 16);
+  p.gelu = gelu;
+  run(kernels().linear, p, count * chunks, std::min(M, kPanelRows) * kPanel * p.K / 16);
 }
 
 std::string instruction_set() { return kernels().name; }

@@ -22,9 +22,9 @@ STABLE_TORCH_LIBRARY(tdm_kernels, m) {
   m.def("swiglu(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
   m.def(
       "swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out) -> ()");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor(a!) out) -> ()");
   m.def("pack_panels(Tensor weight, Tensor(a!) panels) -> ()");
-  m.def("linear(Tensor x, Tensor panels, Tensor? bias, int N, Tensor(a!) out) -> ()");
+  m.def("linear(Tensor x, Tensor panels, Tensor? bias, int N, bool gelu, Tensor(a!) out) -> ()");
   m.def("instruction_set() -> str");
   m.def("use_instruction_set(str name) -> ()");
 }

@@ -185,9 +185,19 @@ def qk_norm_rope(
     weight_k_H: Tensor | None = None,
     rope_BTNH: Tensor | None = None,
     *,
+    tail: reference.Tail | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`reference.qk_norm_rope`: norm and rotation of a head in one pass."""
+    if tail is not None:
+        if torch.is_grad_enabled():  # what is written in parts has no graph
+            args = (q_BTNH, k_BTNH, weight_q_H, weight_k_H)
+            return reference.qk_norm_rope(*args, tail=tail, eps=eps)
+        t, *weights = tail
+        return (
+            _head_norm_parts(q_BTNH, t, weight_q_H, weights[0], eps),
+            _head_norm_parts(k_BTNH, t, weight_k_H, weights[1], eps),
+        )
     q = _head_norm(q_BTNH, weight_q_H, rope_BTNH, eps)
     return q, _head_norm(k_BTNH, weight_k_H, rope_BTNH, eps)
 
@@ -202,10 +212,22 @@ def _head_norm(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float
     return _head_norm_forward(x, weight, rope, eps)
 
 
-def _head_norm_forward(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float) -> Tensor:
+def _head_norm_parts(x: Tensor, t: int, weight: Tensor, tail_weight: Tensor, eps: float) -> Tensor:
+    x = unit(x)
+    out = _heads_like(x)
+    _op("head_norm")(x[:, :t], _float(weight), None, eps, out[:, :t])
+    _op("head_norm")(x[:, t:], _float(tail_weight), None, eps, out[:, t:])
+    return out
+
+
+def _heads_like(x: Tensor) -> Tensor:
     # Autocast's attention computes in fp32 on a CPU: handing it fp32 saves the cast.
     dtype = torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype
-    out = x.new_empty(x.shape, dtype=dtype)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _head_norm_forward(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float) -> Tensor:
+    out = _heads_like(x)
     _op("head_norm")(x, _float(weight), rope, eps, out)
     return out
 
@@ -289,51 +311,59 @@ class _Gelu(torch.autograd.Function):
 
 
 def joint_attention(
-    q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, mask_B11S: Tensor | None = None
+    q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, lengths_B: Tensor | None = None
 ) -> Tensor:
-    """`reference.joint_attention`; masks and gradients go to the library's kernel."""
+    """`reference.joint_attention`; reads no key beyond a length. Gradients go to the library."""
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTNH, k_BSNH, v_BSNH))
-    if mask_B11S is not None or grad or torch.compiler.is_compiling():
-        return reference.joint_attention(q_BTNH, k_BSNH, v_BSNH, mask_B11S)
+    if grad or torch.compiler.is_compiling():
+        return reference.joint_attention(q_BTNH, k_BSNH, v_BSNH, lengths_B)
     q, k, v = unit(q_BTNH), unit(k_BSNH), unit(v_BSNH)
     out = q.new_empty(q.shape)
-    _op("attention")(q, k, v, out)
+    lengths = None if lengths_B is None else lengths_B.to(torch.int64).contiguous()
+    _op("attention")(q, k, v, lengths, out)
     return out.flatten(2)
 
 
 def pack_linear(
-    weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor]
-) -> Callable[[Tensor], Tensor]:
+    weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor], *, gelu: bool = False
+) -> Callable[..., Tensor]:
     """`reference.pack_linear` over a copy of the weight in the order the kernel reads it."""
     # Larger weights do not stay in the caches: the library's matrix product streams them as fast.
     if weight_FD.dtype != torch.float32 or weight_FD.numel() > _MAX_PANELLED:
-        return reference.pack_linear(weight_FD, bias_F, sources)
-    return PanelLinear(weight_FD, bias_F, sources)
+        return reference.pack_linear(weight_FD, bias_F, sources, gelu=gelu)
+    return PanelLinear(weight_FD, bias_F, sources, gelu)
 
 
 class PanelLinear:
     """x W^T + b from panels of W, remade after an in-place update of any of `sources`."""
 
-    def __init__(self, weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor]) -> None:
+    def __init__(
+        self, weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor], gelu: bool
+    ) -> None:
         self.weight, self.bias, self.sources = weight_FD, bias_F, tuple(sources)
         width, depth = weight_FD.shape
         self.panels = weight_FD.new_empty(-(-width // _PANEL) * _PANEL * depth)
         self.version = -1
+        self.gelu = gelu
+        self.plain = reference.pack_linear(weight_FD, bias_F, sources, gelu=gelu)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Return [..., F] for x [..., D]; half precision and autocast go to the library."""
         half = x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
         if half or torch.compiler.is_compiling():
-            return F.linear(x, self.weight, self.bias)
+            return self.plain(x, out)
         version = sum(source._version for source in self.sources)
         if version != self.version:
             _op("pack_panels")(self.weight, self.panels)
             self.version = version
         width, depth = self.weight.shape
-        rows = x if x.ndim == 2 and x.stride(1) == 1 else x.reshape(-1, depth)
-        out = rows.new_empty((len(rows), width))
-        _op("linear")(unit(rows), self.panels, self.bias, width, out)
-        return out.view(*x.shape[:-1], width)
+        rows = unit(x if x.ndim == 3 else x.reshape(1, -1, depth))
+        to = rows.new_empty((*rows.shape[:2], width)) if out is None or x.ndim != 3 else out
+        _op("linear")(rows, self.panels, self.bias, width, self.gelu, to)
+        if to is out:
+            return out
+        y = to.view(*x.shape[:-1], width)
+        return y if out is None else out.copy_(y)
 
 
 def _float(x: Tensor | None) -> Tensor | None:

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tdm_kernels import reference
 from tdm_kernels.layout import (
     check_rows,
     check_weight,
@@ -90,16 +91,19 @@ def _head_norm_backward(
 
 
 # T and `rows` change from call to call: specialising on them would compile the same code again.
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "tail"])
 def qk_norm_rope_kernel(
-    q_ptr, k_ptr, weight_q_ptr, weight_k_ptr, rope_ptr, out_q_ptr, out_k_ptr,
+    q_ptr, k_ptr, weight_q_ptr, weight_k_ptr, tail_q_ptr, tail_k_ptr, rope_ptr, out_q_ptr, out_k_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, rope_batch, rope_row,
-    T, eps,
+    T, tail, eps,
     N: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Program (row, j): heads j BLOCK_N onwards of one token, of q and, where given, of k."""
     row = tl.program_id(0)
     b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)
+    if tail_q_ptr is not None:
+        weight_q_ptr = tl.where(t < tail, weight_q_ptr, tail_q_ptr)
+        weight_k_ptr = tl.where(t < tail, weight_k_ptr, tail_k_ptr)
     n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     h = tl.arange(0, BLOCK_H)[None, :]
     mask = (n < N) & (h < H)  # [BLOCK_N, BLOCK_H], like every tile below
@@ -171,9 +175,12 @@ def qk_norm_rope(
     weight_k_H: Tensor | None = None,
     rope_BTNH: Tensor | None = None,
     *,
+    tail: reference.Tail | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`reference.qk_norm_rope` in one launch; raises ValueError for a layout it cannot read."""
+    if tail is not None:
+        return _two_parts(q_BTNH, k_BTNH, weight_q_H, weight_k_H, tail, eps)
     q, weight_q, rope = _checked("q", q_BTNH, weight_q_H, rope_BTNH)
     k, weight_k, _ = _checked("k", k_BTNH, weight_k_H, rope_BTNH)
     idle = [weight is None and rope is None for weight in (weight_q, weight_k)]
@@ -181,6 +188,18 @@ def qk_norm_rope(
         return _run(q, k, weight_q, weight_k, rope, eps)
     out_q = q_BTNH if idle[0] else _run(q, None, weight_q, None, rope, eps)[0]
     return out_q, k_BTNH if idle[1] else _run(k, None, weight_k, None, rope, eps)[0]
+
+
+def _two_parts(q, k, weight_q, weight_k, tail: reference.Tail, eps: float) -> tuple[Any, Any]:
+    t, tail_q, tail_k = tail
+    if q.shape != k.shape or weight_q is None or weight_k is None:
+        raise ValueError("a tail needs q and k of one shape and both weights")
+    if torch.is_grad_enabled():  # training has its rows in two tensors: it needs no tail
+        return reference.qk_norm_rope(q, k, weight_q, weight_k, tail=tail, eps=eps)
+    q, weight_q, _ = _checked("q", q, weight_q, None)
+    k, weight_k, _ = _checked("k", k, weight_k, None)
+    tails = (check_weight(f"tail_{n}", w, q.shape[3]) for n, w in (("q", tail_q), ("k", tail_k)))
+    return _forward(q, k, weight_q, weight_k, None, eps, (t, *tails))
 
 
 def _checked(name: str, x: Tensor, weight: Tensor | None, rope: Tensor | None) -> tuple:
@@ -204,15 +223,17 @@ def _run(q, k, weight_q, weight_k, rope, eps: float) -> tuple[Any, Any]:
     return _forward(q, k, weight_q, weight_k, rope, eps)
 
 
-def _forward(q, k, weight_q, weight_k, rope, eps: float) -> tuple[Any, Any]:
+def _forward(
+    q, k, weight_q, weight_k, rope, eps: float, tail: tuple = (0, None, None)
+) -> tuple[Any, Any]:
     b, t, num_heads, h = q.shape
     out_q = q.new_empty(q.shape)
     out_k = None if k is None else k.new_empty(k.shape)
     block = next_power_of_2(h)
     with on(q):
         qk_norm_rope_kernel[(b * t, -(-num_heads // BLOCK_N))](
-            q, k, weight_q, weight_k, rope, out_q, out_k,
-            *_strides(q), *_strides(k), *_rope_strides(rope), t, eps,
+            q, k, weight_q, weight_k, *tail[1:], rope, out_q, out_k,
+            *_strides(q), *_strides(k), *_rope_strides(rope), t, tail[0], eps,
             N=num_heads, H=h, BLOCK_N=BLOCK_N, BLOCK_H=block,
             num_warps=warps_for(BLOCK_N * block, 8),
         )  # fmt: skip

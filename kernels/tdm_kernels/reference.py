@@ -29,6 +29,8 @@ from torch import Tensor
 
 from tdm_kernels.quantized import Quantized, ScaledLinear, check_product
 
+Tail = tuple[int, Tensor, Tensor]
+
 # 2 u = x (_GELU_LINEAR + _GELU_CUBIC x^2), with u the argument of GELU's tanh.
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
@@ -102,13 +104,22 @@ def qk_norm_rope(
     weight_k_H: Tensor | None = None,
     rope_BTNH: Tensor | None = None,
     *,
+    tail: Tail | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """Return q and k, RMS-normalised per head (given weights), then rotated (given a table).
 
     `rope_BTNH` is fp32 [B or 1, T, 1, H], contiguous, (cos w, sin w) for each adjacent pair along
     H: the pair (a, b) becomes (a cos w - b sin w, a sin w + b cos w), that is (a + ib) exp(iw).
+    `tail` (t, weight_q, weight_k): rows from t on have weights of their own, as SD3's text has
+    beside its image. q and k then have as many rows, both weights are given, and there is no table.
     """
+    if tail is not None:
+        t, *weights = tail
+        image = qk_norm_rope(q_BTNH[:, :t], k_BTNH[:, :t], weight_q_H, weight_k_H, eps=eps)
+        text = qk_norm_rope(q_BTNH[:, t:], k_BTNH[:, t:], *weights, eps=eps)
+        q_BTNH, k_BTNH = (torch.cat(rows, dim=1) for rows in zip(image, text, strict=True))
+        return q_BTNH, k_BTNH
     return (
         _norm_rotate(q_BTNH, weight_q_H, rope_BTNH, eps),
         _norm_rotate(k_BTNH, weight_k_H, rope_BTNH, eps),
@@ -133,9 +144,17 @@ def gelu_tanh(x_BTF: Tensor) -> Tensor:
 
 
 def joint_attention(
-    q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, mask_B11S: Tensor | None = None
+    q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, lengths_B: Tensor | None = None
 ) -> Tensor:
-    """Return softmax(q k^T / sqrt(H)) v as [B, T, N * H]; `mask_B11S` is bool, True = attend."""
+    """Return softmax(q k^T / sqrt(H)) v as [B, T, N * H].
+
+    Every row of sample b attends its first `lengths_B[b]` keys (int32 or int64, 1 to S), all keys
+    without lengths. Later rows of k and v weigh nothing, but must be finite here.
+    """
+    mask_B11S = None
+    if lengths_B is not None:
+        keys_S = torch.arange(k_BSNH.shape[1], device=lengths_B.device)
+        mask_B11S = (keys_S < lengths_B[:, None])[:, None, None]
     half = q_BTNH.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     if q_BTNH.device.type != "cpu" or not half:
         return _attend(q_BTNH, k_BSNH, v_BSNH, mask_B11S)
@@ -146,14 +165,25 @@ def joint_attention(
 
 
 def pack_linear(
-    weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor]
-) -> Callable[[Tensor], Tensor]:
-    """Return x -> x W^T + b, for inference: whatever is prepared is prepared once.
+    weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor], *, gelu: bool = False
+) -> Callable[..., Tensor]:
+    """Return (x, out=None) -> x W^T + b, through `gelu_tanh` if asked, for inference.
 
-    `sources` are the parameters whose storage the weight shares: an implementation that keeps a
-    copy watches their versions.
+    Whatever is prepared is prepared once. `out` [..., F], any view with unit stride along F,
+    receives the result where it is given. `sources` are the parameters whose storage the weight
+    shares: an implementation that keeps a copy watches their versions.
     """
-    return partial(F.linear, weight=weight_FD, bias=bias_F)
+    return partial(linear, weight=weight_FD, bias=bias_F, gelu=gelu)
+
+
+def linear(
+    x: Tensor, out: Tensor | None = None, *, weight: Tensor, bias: Tensor | None, gelu: bool
+) -> Tensor:
+    """What `pack_linear` returns, its weight not yet bound."""
+    y = F.linear(x, weight, bias)
+    if gelu:
+        y = gelu_tanh(y)
+    return y if out is None else out.copy_(y)
 
 
 def quantize_rows(x: Tensor) -> Quantized:

@@ -119,6 +119,7 @@ TRITON_OPS = {
     "qk_norm_rope": "tdm_kernels.qk_norm_rope:qk_norm_rope",
     "swiglu": "tdm_kernels.glu:swiglu",
     "gelu_tanh": "tdm_kernels.glu:gelu_tanh",
+    "pack_linear": "tdm_kernels.linear:pack_linear",
 }
 # What stands in, with fp8, for the ops that feed a linear and for the linear.
 FP8_OPS = {

@@ -89,23 +89,24 @@ class Packable(nn.Module):
     """
 
     groups: tuple[str, ...]
+    activated: tuple[str, ...] = ()  # groups whose only reader is GELU: packed, they apply it
 
     def __init__(self) -> None:
         super().__init__()
-        self.packed: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.packed: dict[str, Callable[..., Tensor]] = {}
 
     def siblings(self, group: str) -> list[Any]:
         """Return the linears of a group, in output order; all read the same input."""
         raise NotImplementedError
 
-    def joint(self, group: str) -> Callable[[Tensor], Tensor] | None:
+    def joint(self, group: str) -> Callable[..., Tensor] | None:
         """Return the group as one linear if the packed path may be taken, else None."""
         return None if torch.is_grad_enabled() else self.packed.get(group)
 
-    def linear(self, group: str, x: Tensor) -> Tensor:
-        """Apply a group of a single linear."""
+    def linear(self, group: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Apply a group of a single linear; `out`, if given, is where the packed one writes."""
         packed = self.joint(group)
-        return self.siblings(group)[0](x) if packed is None else packed(x)
+        return self.siblings(group)[0](x) if packed is None else packed(x, out)
 
     def pack(self, ops: Ops) -> None:
         """Pack every group whose members are all plain linears (a LoRA wrapper is none)."""
@@ -113,7 +114,9 @@ class Packable(nn.Module):
             linears = self.siblings(group)
             if linears and all(type(linear) is nn.Linear for linear in linears):
                 sources = [p for linear in linears for p in linear.parameters()]
-                self.packed[group] = ops.pack_linear(*join_linears(linears), sources)
+                self.packed[group] = ops.pack_linear(
+                    *join_linears(linears), sources, gelu=group in self.activated
+                )
 
     def unpack(self) -> None:
         """Give every packed linear its own storage again."""
@@ -172,12 +175,17 @@ class Attention(Packable):
         y_BTD: Tensor,
         ops: Ops,
         rope_BTNH: Tensor | None = None,
-        mask_B11T: Tensor | None = None,
+        lengths_B: Tensor | None = None,
         num_rows: int | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Return the projected self-attention output, of all rows or of the first `num_rows`."""
+        """Return the projected self-attention output, of all rows or of the first `num_rows`.
+
+        Of sample b the first `lengths_B[b]` rows are attended, without lengths all. `out`: as in
+        `linear`.
+        """
         q, k, v = self.qkv(y_BTD, ops, rope_BTNH)
-        return self.linear("out", ops.joint_attention(q[:, :num_rows], k, v, mask_B11T))
+        return self.linear("out", ops.joint_attention(q[:, :num_rows], k, v, lengths_B), out)
 
 
 def norm_weight(norm: nn.RMSNorm | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tdm_kernels import Ops
+from tdm_kernels.layout import product_dtype
 from torch import Tensor, nn
 
 from tdm_r1.errors import ConfigError
@@ -30,6 +31,8 @@ from tdm_r1.models.layers import (
 )
 
 EPS = 1e-6
+# (scale, shift) of the norm of the image rows that comes next, and of the text rows.
+Following = tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class FeedForward(Packable):
     """Linear, GELU-tanh, linear."""
 
     groups = ("up", "down")
+    activated = ("up",)
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -103,7 +107,9 @@ class FeedForward(Packable):
         return [self.net[0].proj if group == "up" else self.net[2]]
 
     def forward(self, x_BTD: Tensor, ops: Ops) -> Tensor:
-        return self.linear("down", ops.gelu_tanh(self.linear("up", x_BTD)))
+        activated = self.joint("up")
+        hidden = ops.gelu_tanh(self.linear("up", x_BTD)) if activated is None else activated(x_BTD)
+        return self.linear("down", hidden)
 
 
 class AdaLayerNorm(nn.Module):
@@ -140,21 +146,46 @@ class JointAttention(Attention):
             return [] if self.to_add_out is None else [self.to_add_out]
         return super().siblings(group)
 
-    def forward(self, y_BnD: Tensor, yc_BTD: Tensor, ops: Ops) -> tuple[Tensor, Tensor | None]:
-        """Return the projected image rows, and the text rows (None in the last block)."""
-        q, k, v = self.qkv(y_BnD, ops)
-        qc, kc, vc = self.project("added", yc_BTD)
-        weight_q, weight_k = norm_weight(self.norm_added_q), norm_weight(self.norm_added_k)
-        qc, kc = ops.qk_norm_rope(qc, kc, weight_q, weight_k, eps=self.eps)
-        k, v = torch.cat([k, kc], dim=1), torch.cat([v, vc], dim=1)
+    def forward(
+        self, y_BnD: Tensor, yc_BTD: Tensor, ops: Ops, out_BnD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the projected image rows, and the text rows (None in the last block).
+
+        `out_BnD`: where the packed projection writes the image rows.
+        """
+        n = y_BnD.shape[1]
+        q, k, v = self.image_and_text(y_BnD, yc_BTD, ops)
         if self.to_add_out is None:
             # The text output of the last block is never read, so its queries are not asked.
-            return self.linear("out", ops.joint_attention(q, k, v)), None
-        o = ops.joint_attention(torch.cat([q, qc], dim=1), k, v)
-        n = y_BnD.shape[1]
+            return self.linear("out", ops.joint_attention(q[:, :n], k, v), out=out_BnD), None
+        o = ops.joint_attention(q, k, v)
         # A linear on a strided batch runs as a batched GEMM with the weight repeated: copy instead.
         image, text = o[:, :n].contiguous(), o[:, n:].contiguous()
-        return self.linear("out", image), self.linear("added_out", text)
+        return self.linear("out", image, out=out_BnD), self.linear("added_out", text)
+
+    def image_and_text(self, y_BnD: Tensor, yc_BTD: Tensor, ops: Ops) -> tuple[Tensor, ...]:
+        """Return q, k, v [B, n + T, N, H], q and k normalised, the image's rows before the text's.
+
+        Packed, both projections write into one buffer, and one op normalises all its rows.
+        """
+        weights = norm_weight(self.norm_q), norm_weight(self.norm_k)
+        added = norm_weight(self.norm_added_q), norm_weight(self.norm_added_k)
+        n, image, text = y_BnD.shape[1], self.joint("qkv"), self.joint("added")
+        if image is None or text is None or torch.compiler.is_compiling():
+            q, k, v = self.qkv(y_BnD, ops)
+            qc, kc, vc = self.project("added", yc_BTD)
+            qc, kc = ops.qk_norm_rope(qc, kc, *added, eps=self.eps)
+            # Text queries of the last block would never be read.
+            q = q if self.to_add_out is None else torch.cat([q, qc], dim=1)
+            return q, torch.cat([k, kc], dim=1), torch.cat([v, vc], dim=1)
+        shape = (len(y_BnD), n + yc_BTD.shape[1], 3 * y_BnD.shape[2])
+        rows = y_BnD.new_empty(shape, dtype=product_dtype(y_BnD))
+        image(y_BnD, rows[:, :n])
+        text(yc_BTD, rows[:, n:])
+        q, k, v = rows.unflatten(-1, (3, *self.heads)).unbind(2)
+        if weights[0] is not None:
+            q, k = ops.qk_norm_rope(q, k, *weights, tail=(n, *added), eps=self.eps)
+        return q, k, v
 
 
 class JointBlock(nn.Module):
@@ -179,31 +210,65 @@ class JointBlock(nn.Module):
         text = [True, False] if self.ff_context is None else [False, True, False] * 2
         return [False, True, False] * (self.num_image_chunks // 3) + text
 
-    def forward(
+    def norms(
         self, h_BnD: Tensor, c_BTD: Tensor, mod_MB1D: Tensor, ops: Ops
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the updated image and text streams (text None in the last block)."""
-        vectors = mod_MB1D.unbind()
-        shift1, scale1, gate1, shift2, scale2, gate2 = vectors[:6]
-        if self.ff_context is None:
-            scale1c, shift1c = vectors[self.num_image_chunks :]
-        else:
-            shift1c, scale1c, gate1c, shift2c, scale2c, gate2c = vectors[self.num_image_chunks :]
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the attentions read: image rows (of two attentions, [2, B, n, D]), text."""
+        y = ops.norm_modulate(h_BnD, *self.image_modulation(mod_MB1D), eps=EPS)
+        return y, ops.norm_modulate(c_BTD, *self.text_modulation(mod_MB1D), eps=EPS)
+
+    def image_modulation(self, mod_MB1D: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and shift of the image's first norm, [2, B, 1, D] for two attentions."""
         if self.attn2 is None:
-            y = ops.norm_modulate(h_BnD, scale1, shift1, eps=EPS)
-        else:
-            # Both attentions read the same normalised rows: vectors 0-2 and 6-8, one pass for both.
-            y, y2 = ops.norm_modulate(h_BnD, mod_MB1D[1:8:6], mod_MB1D[0:7:6], eps=EPS)
-        o, oc = self.attn(y, ops.norm_modulate(c_BTD, scale1c, shift1c, eps=EPS), ops)
-        if self.attn2 is not None:
-            h_BnD = ops.gate_residual(h_BnD, o, gate1)
-            o, gate1 = self.attn2.attend(y2, ops), vectors[8]
-        h_BnD, y = ops.gate_residual_norm(h_BnD, o, gate1, scale2, shift2, eps=EPS)
-        h_BnD = ops.gate_residual(h_BnD, self.ff(y, ops), gate2)
-        if self.ff_context is None:
-            return h_BnD, None
+            return mod_MB1D[1], mod_MB1D[0]
+        # Both attentions read the same normalised rows: vectors 0-2 and 6-8, one pass for both.
+        return mod_MB1D[1:8:6], mod_MB1D[0:7:6]
+
+    def text_modulation(self, mod_MB1D: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and shift of the text's first norm."""
+        first = self.num_image_chunks
+        scale, shift = (first, first + 1) if self.ff_context is None else (first + 1, first)
+        return mod_MB1D[scale], mod_MB1D[shift]
+
+    def forward(
+        self,
+        h_BnD: Tensor,
+        c_BTD: Tensor,
+        y: Tensor,
+        yc_BTD: Tensor,
+        mod_MB1D: Tensor,
+        following: Following,
+        ops: Ops,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Return both streams and what follows reads of them (text None in the last block).
+
+        y and yc are this block's `norms`: one pass over a stream ends a block and begins the next.
+        """
+        scale2, shift2 = mod_MB1D[4], mod_MB1D[3]
+        o, gate, oc = self.attentions(y, yc_BTD, mod_MB1D, ops)
+        if isinstance(o, list):
+            h_BnD = ops.gate_residual(h_BnD, o[0], gate[0])
+            o, gate = o[1], gate[1]
+        h_BnD, y = ops.gate_residual_norm(h_BnD, o, gate, scale2, shift2, eps=EPS)
+        f = self.ff(y, ops)
+        h_BnD, y = ops.gate_residual_norm(h_BnD, f, mod_MB1D[5], *following[0], eps=EPS)
+        if self.ff_context is None or oc is None:
+            return h_BnD, None, y, None
+        gate1c, shift2c, scale2c, gate2c = mod_MB1D[self.num_image_chunks + 2 :].unbind()
         c_BTD, yc = ops.gate_residual_norm(c_BTD, oc, gate1c, scale2c, shift2c, eps=EPS)
-        return h_BnD, ops.gate_residual(c_BTD, self.ff_context(yc, ops), gate2c)
+        f = self.ff_context(yc, ops)
+        c_BTD, yc = ops.gate_residual_norm(c_BTD, f, gate2c, *following[1], eps=EPS)
+        return h_BnD, c_BTD, y, yc
+
+    def attentions(
+        self, y: Tensor, yc_BTD: Tensor, mod_MB1D: Tensor, ops: Ops
+    ) -> tuple[Any, Any, Tensor | None]:
+        """Return the image's branch and gate, a pair of each for two attentions, and the text's."""
+        if self.attn2 is None:
+            o, oc = self.attn(y, yc_BTD, ops)
+            return o, mod_MB1D[2], oc
+        o, oc = self.attn(y[0], yc_BTD, ops)
+        return [o, self.attn2.attend(y[1], ops)], [mod_MB1D[2], mod_MB1D[8]], oc
 
 
 class PatchEmbed(nn.Module):
@@ -326,13 +391,25 @@ class SD3Transformer(Transformer):
         patches = patchify(x_BChw.to(self.dtype), p, channels_last=False)
         h_BnD = F.linear(patches, self.pos_embed.weight) + context.position_1nD
         c_BTD = context.tokens_BTD.expand(b, -1, -1)
-        start = 0
-        for block in self.transformer_blocks:
-            stop = start + block.num_chunks
-            h_BnD, c_BTD = block(h_BnD, c_BTD, mod_MB1D[start:stop], ops)
-            start = stop
-        y_BnD = ops.norm_modulate(h_BnD, mod_MB1D[start], mod_MB1D[start + 1], eps=EPS)
+        blocks, mods = self.transformer_blocks, mod_MB1D.split(self.chunk_sizes())
+        y_BnD, yc_BTD = blocks[0].norms(h_BnD, c_BTD, mods[0], ops)
+        for index, block in enumerate(blocks):
+            following = self.following(index, mods[index + 1])
+            h_BnD, c_BTD, y_BnD, yc_BTD = block(
+                h_BnD, c_BTD, y_BnD, yc_BTD, mods[index], following, ops
+            )
         return unpatchify(self.linear("output", y_BnD), height, width, p).float()
+
+    def chunk_sizes(self) -> list[int]:
+        """Return how many modulation vectors each block has, and the output norm."""
+        return [*(block.num_chunks for block in self.transformer_blocks), 2]
+
+    def following(self, index: int, mod_MB1D: Tensor) -> Following:
+        """Return scale and shift of the norms after block `index`: image's, and text's or none."""
+        if index + 1 == len(self.transformer_blocks):
+            return (mod_MB1D[0], mod_MB1D[1]), (None, None)
+        block = self.transformer_blocks[index + 1]
+        return block.image_modulation(mod_MB1D), block.text_modulation(mod_MB1D)
 
     def scale_offsets(self, device: torch.device) -> Tensor:
         """Return [M, 1, 1]: 1 where a modulation vector is a scale, 0 elsewhere."""

@@ -7,6 +7,7 @@ steps, M modulation vectors of all layers, E text width, C latent channels, h w 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,13 +99,14 @@ class ZImageConfig:
 class ZImageContext:
     """What one prompt batch and one latent size fix; 1 row serves any batch (one prompt's group).
 
-    mask_B11S is None when no caption needs batch padding, else True for rows that are attended.
+    lengths_B counts the rows of the joint sequence that are attended: all up to a caption's batch
+    padding, which comes last. None when no caption needs any.
     """
 
     text_BPD: Tensor
     rope_image_BINH: Tensor
     rope_joint_BSNH: Tensor
-    mask_B11S: Tensor | None
+    lengths_B: Tensor | None
     num_image_pads: int
 
 
@@ -150,20 +152,30 @@ class Block(nn.Module):
         if not plain:
             self.adaLN_modulation = nn.ModuleList([nn.Linear(config.time_dim, 4 * dim)])
 
+    def norm(self, h_BTD: Tensor, ops: Ops, mod_4B1D: Tensor | None = None) -> Tensor:
+        """Return what attention reads: the normalised stream, scaled unless the block is plain."""
+        scale1 = None if mod_4B1D is None else mod_4B1D[0]
+        return ops.norm_modulate(h_BTD, scale1, weight_D=self.attention_norm1.weight, eps=self.eps)
+
     def forward(
         self,
         h_BTD: Tensor,
+        y_BTD: Tensor,
         ops: Ops,
         rope_BTNH: Tensor,
-        mask_B11T: Tensor | None = None,
+        lengths_B: Tensor | None = None,
         mod_4B1D: Tensor | None = None,
+        following: tuple[Block, Tensor | None] | None = None,
         num_rows: int | None = None,
-    ) -> Tensor:
-        """Return the updated stream, or only its first `num_rows` rows (all rows are attended)."""
-        scale1, gate1, scale2, gate2 = (None,) * 4 if mod_4B1D is None else mod_4B1D.unbind()
-        y = ops.norm_modulate(h_BTD, scale1, weight_D=self.attention_norm1.weight, eps=self.eps)
-        o = self.attention.attend(y, ops, rope_BTNH, mask_B11T, num_rows)
-        h_BTD, y = ops.gate_residual_norm(
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the updated stream and, of a `following` block and its modulation, the `norm`.
+
+        y is this block's own `norm` of h: one pass over the stream ends a block and begins the
+        next. Only the first `num_rows` rows are returned, if given (all rows are attended).
+        """
+        _, gate1, scale2, gate2 = (None,) * 4 if mod_4B1D is None else mod_4B1D.unbind()
+        o = self.attention.attend(y_BTD, ops, rope_BTNH, lengths_B, num_rows)
+        h_BTD, y_BTD = ops.gate_residual_norm(
             h_BTD[:, :num_rows],
             o,
             gate1,
@@ -172,10 +184,38 @@ class Block(nn.Module):
             weight_D=self.ffn_norm1.weight,
             eps=self.eps,
         )
-        f = self.feed_forward(y, ops)
-        return ops.gate_residual(
-            h_BTD, f, gate2, branch_weight_D=self.ffn_norm2.weight, eps=self.eps
+        f, weight = self.feed_forward(y_BTD, ops), self.ffn_norm2.weight
+        if following is None:
+            h_BTD = ops.gate_residual(h_BTD, f, gate2, branch_weight_D=weight, eps=self.eps)
+            return h_BTD, None
+        block, mod = following
+        return ops.gate_residual_norm(
+            h_BTD,
+            f,
+            gate2,
+            None if mod is None else mod[0],
+            branch_weight_D=weight,
+            weight_D=block.attention_norm1.weight,
+            eps=self.eps,
         )
+
+
+def run_blocks(
+    blocks: Sequence[Block],
+    h_BTD: Tensor,
+    ops: Ops,
+    rope_BTNH: Tensor,
+    lengths_B: Tensor | None,
+    mods: Sequence[Tensor | None],
+    num_rows: int | None = None,
+) -> Tensor:
+    """Return the stream after all blocks; the last one returns only its first `num_rows` rows."""
+    if not blocks:
+        return h_BTD
+    y = blocks[0].norm(h_BTD, ops, mods[0])
+    for block, mod, following in zip(blocks, mods, zip(blocks[1:], mods[1:], strict=True)):
+        h_BTD, y = block(h_BTD, y, ops, rope_BTNH, lengths_B, mod, following)
+    return blocks[-1](h_BTD, y, ops, rope_BTNH, lengths_B, mods[-1], None, num_rows)[0]
 
 
 class FinalLayer(nn.Module):
@@ -202,8 +242,8 @@ class ZImageTransformer(Transformer):
         self.all_x_embedder: Any = nn.ModuleDict({config.patch_key: nn.Linear(channels, dim)})
         self.all_final_layer: Any = nn.ModuleDict({config.patch_key: FinalLayer(config)})
         refiners = range(config.n_refiner_layers)
-        self.noise_refiner = nn.ModuleList(Block(config) for _ in refiners)
-        self.context_refiner = nn.ModuleList(Block(config, plain=True) for _ in refiners)
+        self.noise_refiner: Any = nn.ModuleList(Block(config) for _ in refiners)
+        self.context_refiner: Any = nn.ModuleList(Block(config, plain=True) for _ in refiners)
         self.t_embedder: Any = nn.ModuleDict(
             {
                 "mlp": nn.Sequential(
@@ -217,7 +257,7 @@ class ZImageTransformer(Transformer):
         )
         self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers: Any = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.init_runtime(backend, dim // config.n_heads)
 
     def siblings(self, group: str) -> list[Any]:
@@ -225,10 +265,10 @@ class ZImageTransformer(Transformer):
         return [block.adaLN_modulation[0] for block in (*self.noise_refiner, *self.layers)]
 
     def context(self, cond: Condition, height: int, width: int) -> ZImageContext:
-        """Return the refined captions, the rotation tables and the mask of batch padding.
+        """Return the refined captions, the rotation tables and how many rows are attended.
 
         Captions are padded with a learned, attended token to P_i = ceil32(length_i); only the rows
-        from P_i up to the batch's longest P are masked. Raises ConfigError for sizes that are not
+        from P_i up to the batch's longest P are not. Raises ConfigError for sizes that are not
         whole patches or exceed the rotation tables, an empty caption, or features of another width.
         """
         config, device = self.config, cond.tokens_BTE.device
@@ -238,25 +278,25 @@ class ZImageTransformer(Transformer):
         text_BPD = self.embed_captions(cond, num_text)
         # One row of tables serves the whole batch when all captions pad to the same length.
         if min(padded) == num_text:
-            padded, mask_B1P = padded[:1], None
+            padded, lengths_B = padded[:1], None
         else:
-            padded_B1 = torch.tensor(padded, device=device)[:, None]
-            mask_B1P = torch.arange(num_text, device=device) < padded_B1
+            lengths_B = torch.tensor(padded, device=device)
         text_ids, image_ids = position_ids(
             padded, height // config.patch_size, width // config.patch_size, device
         )
         rope_image = rope_table(image_ids, config)
         rope_text = rope_table(text_ids, config).expand(len(padded), -1, -1, -1)
-        mask_B11P = None if mask_B1P is None else mask_B1P[:, None, None]
-        for block in self.context_refiner:
-            text_BPD = block(text_BPD, self.ops, rope_text, mask_B11P)
+        plain = [None] * len(self.context_refiner)
+        text_BPD = run_blocks(
+            self.context_refiner, text_BPD, self.ops, rope_text, lengths_B, plain
+        )
         num_padded_image = image_ids.shape[1]
         return ZImageContext(
             text_BPD,
             rope_image,
             torch.cat([rope_image, rope_text], dim=1),
-            # Image rows, learned pads included, are never masked.
-            None if mask_B11P is None else F.pad(mask_B11P, (num_padded_image, 0), value=True),
+            # Image rows come first and are all attended, learned pads included.
+            None if lengths_B is None else num_padded_image + lengths_B,
             num_padded_image - height * width // config.patch_size**2,
         )
 
@@ -303,14 +343,12 @@ class ZImageTransformer(Transformer):
             h = torch.cat([h, pads], dim=1)
         mods = mod_MB1D[:-1].unflatten(0, (-1, 4)).unbind()
         num_refiners = len(self.noise_refiner)
-        for block, mod in zip(self.noise_refiner, mods[:num_refiners], strict=True):
-            h = block(h, ops, context.rope_image_BINH, None, mod)
+        rope = context.rope_image_BINH
+        h = run_blocks(self.noise_refiner, h, ops, rope, None, mods[:num_refiners])
         h = torch.cat([h, context.text_BPD.expand(b, -1, -1)], dim=1)
-        rope, mask = context.rope_joint_BSNH, context.mask_B11S
-        last = len(self.layers) - 1
-        for index, (block, mod) in enumerate(zip(self.layers, mods[num_refiners:], strict=True)):
-            h = block(h, ops, rope, mask, mod, num_image if index == last else None)
-        y = ops.norm_modulate(h[:, :num_image], mod_MB1D[-1], eps=FINAL_EPS)
+        rope, lengths_B = context.rope_joint_BSNH, context.lengths_B
+        h = run_blocks(self.layers, h, ops, rope, lengths_B, mods[num_refiners:], num_image)
+        y = ops.norm_modulate(h, mod_MB1D[-1], eps=FINAL_EPS)
         out = self.all_final_layer[config.patch_key].linear(y)
         return -unpatchify(out, height, width, config.patch_size).float()
 

@@ -25,12 +25,13 @@ class MuonAdamW(torch.optim.Optimizer):
         self, matrices: list[nn.Parameter], others: list[nn.Parameter], config: Optimizer
     ) -> None:
         decay = config.weight_decay
-        self.parts = (
+        self.parts: list[torch.optim.Optimizer] = [
             torch.optim.Muon(
                 matrices, lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
-            ),
-            _adamw(others, config),
-        )
+            )
+        ]
+        if others:  # adapters are matrices and nothing else
+            self.parts.append(_adamw(others, config))
         super().__init__([*matrices, *others], {"lr": config.lr})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         for part in self.parts:

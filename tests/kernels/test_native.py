@@ -5,7 +5,7 @@ import torch
 from tdm_kernels import native, reference, registry
 from tdm_kernels.registry import select
 
-from tests.kernels.compare import assert_as_good, compare, randn
+from tests.kernels.compare import ULP, assert_as_good, compare, randn
 
 pytestmark = pytest.mark.skipif(bool(native.load()), reason=f"the native library {native.load()}")
 
@@ -102,6 +102,21 @@ def test_joint_attention(t, s, h, dtype):
     assert_as_good(found, like, exact.transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_joint_attention_reads_no_key_beyond_a_length(dtype):
+    q = randn(3, 5, 2, 24, seed=1, dtype=dtype)
+    k, v = randn(3, 40, 2, 2, 24, seed=2, dtype=dtype).unbind(2)
+    lengths = torch.tensor([1, 40, 17], dtype=torch.int32)
+    with torch.no_grad():
+        expected = [
+            native.joint_attention(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n])
+            for b, n in enumerate(lengths.tolist())
+        ]
+        for b, n in enumerate(lengths.tolist()):
+            k[b, n:], v[b, n:] = torch.nan, torch.nan
+        assert torch.equal(native.joint_attention(q, k, v, lengths), torch.cat(expected))
+
+
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_joint_attention_keeps_the_gradient_of_each_input(which):
     inputs = [randn(2, 5, 3, 32, seed=seed) for seed in range(3)]
@@ -128,6 +143,31 @@ def test_pack_linear(m, n, k, biased):
     assert torch.equal(linear(x), torch.nn.functional.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("b", "t", "n"), [(1, 16, 64), (3, 9, 45), (2, 24, 96)])
+def test_pack_linear_activates_and_writes_where_it_is_told(b, t, n, gelu):
+    x, weight, bias = randn(b, t, 40, seed=1), randn(n, 40, seed=2), randn(n, seed=3)
+    linear, plain = (m.pack_linear(weight, bias, [], gelu=gelu) for m in (native, reference))
+    exact = reference.pack_linear(weight.double(), bias.double(), [], gelu=gelu)(x.double())
+    assert_as_good(linear(x), plain(x), exact)
+    rows = torch.full((b, t + 5, n), float("nan"))
+    assert linear(x, rows[:, 2 : t + 2]) is not None
+    assert torch.equal(rows[:, 2 : t + 2], linear(x))
+    assert rows[:, :2].isnan().all() and rows[:, t + 2 :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_the_tail_have_weights_of_their_own(dtype):
+    q, k = randn(2, 21, 3, 3, 64, seed=1, dtype=dtype).unbind(2)[:2]
+    weights = [randn(64, seed=s) for s in range(2, 6)]
+    tail = (16, *weights[2:])
+    with torch.no_grad():
+        found = native.qk_norm_rope(q, k, *weights[:2], tail=tail)
+        like = reference.qk_norm_rope(q, k, *weights[:2], tail=tail)
+    for x, y in zip(found, like, strict=True):
+        torch.testing.assert_close(x, y, rtol=2 * ULP[dtype], atol=2 * ULP[dtype])
+
+
 def test_pack_linear_leaves_half_precision_to_the_library():
     x, weight = randn(3, 32, seed=1), randn(16, 32, seed=2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -151,12 +191,15 @@ def test_autocast_returns_what_the_next_linear_reads():
 
 
 def test_refuses_what_the_kernels_cannot_read():
-    x = randn(2, 5, 32, seed=1)
+    x, q = randn(2, 5, 32, seed=1), randn(2, 5, 3, 8, seed=1)
     for call, message in (
         (lambda: native.norm_modulate(x, randn(2, 5, 32, seed=2)), "scale must be"),
         (lambda: native.norm_modulate(x.half()), "float32 or bfloat16"),
         (lambda: native.gate_residual(x, x[:, :4]), "branch must be"),
         (lambda: native.norm_modulate(x, weight_D=randn(31, seed=2)), "weight must be 32"),
+        (lambda: native.joint_attention(q, q, q, torch.tensor([5])), "lengths must be 2"),
+        (lambda: native.joint_attention(q, q, q, torch.tensor([5, 6])), "must be 1 to 5, not 6"),
+        (lambda: native.joint_attention(q, q, q, torch.tensor([0, 5])), "must be 1 to 5, not 0"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()

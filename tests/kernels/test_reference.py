@@ -1,5 +1,6 @@
 """The reference ops against formulas written out in fp64, and the registry that binds them."""
 
+import importlib
 import math
 
 import pytest
@@ -117,18 +118,19 @@ def test_activations(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lengths_dtype", [None, torch.int32, torch.int64])
 @pytest.mark.parametrize("num_tokens", TOKENS)
-def test_joint_attention(num_tokens, masked, dtype):
+def test_joint_attention(num_tokens, lengths_dtype, dtype):
     shapes = [(B, num_tokens, N, H), (B, 11, N, H), (B, 11, N, H)]
     inputs = [randn(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     (q, k, v), (q_, k_, v_) = cast(dtype, *inputs)
-    mask = (torch.arange(11) < torch.tensor([[4], [11]]))[:, None, None] if masked else None
     logits = torch.einsum("btnh,bsnh->bnts", q_, k_) / math.sqrt(H)
-    if masked:
-        logits = logits.masked_fill(~mask, -math.inf)
+    lengths = None
+    if lengths_dtype is not None:
+        lengths = torch.tensor([4, 11], dtype=lengths_dtype)
+        logits[0, :, :, 4:] = -math.inf
     expected = torch.einsum("bnts,bsnh->btnh", logits.softmax(-1), v_).flatten(2)
-    actual = reference.joint_attention(q, k, v, mask)
+    actual = reference.joint_attention(q, k, v, lengths)
     assert actual.dtype == dtype
     assert_near(actual, expected)
 
@@ -241,3 +243,30 @@ def test_compiled_forms_agree_with_eager(name):
     x, scale = randn(B, 4, D, dtype=torch.float32), randn(1, 1, D, seed=1, dtype=torch.float32)
     compiled = torch.compile(OPS[name], backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, scale), OPS[name](x, scale))
+
+
+def test_rows_of_the_tail_have_weights_of_their_own():
+    q, k = (torch.randn(2, 7, 3, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    weights = [torch.rand(8, generator=torch.Generator().manual_seed(s)) for s in range(2, 6)]
+    found = reference.qk_norm_rope(q, k, *weights[:2], tail=(5, *weights[2:]))
+    for x, first, last, y in zip((q, k), weights[:2], weights[2:], found, strict=True):
+        unit = x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+        torch.testing.assert_close(y[:, :5], unit[:, :5] * first)
+        torch.testing.assert_close(y[:, 5:], unit[:, 5:] * last)
+
+
+@pytest.mark.parametrize("module", ["tdm_kernels.reference", "tdm_kernels.linear"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_pack_linear_activates_and_writes_where_it_is_told(module, batch, gelu):
+    x, weight, bias = torch.randn(batch, 5, 4), torch.randn(6, 4), torch.randn(6)
+    linear = importlib.import_module(module).pack_linear(weight, bias, [weight], gelu=gelu)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    if gelu:
+        expected = torch.nn.functional.gelu(expected, approximate="tanh")
+    torch.testing.assert_close(linear(x), expected)
+    rows = torch.full((batch, 8, 6), float("nan"))
+    found = linear(x, rows[:, 2:7])
+    assert found.data_ptr() == rows[:, 2:7].data_ptr()
+    torch.testing.assert_close(rows[:, 2:7], expected)
+    assert rows[:, :2].isnan().all() and rows[:, 7:].isnan().all()

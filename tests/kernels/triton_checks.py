@@ -110,6 +110,19 @@ def test_a_half_precision_branch_joins_an_fp32_stream():
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
+def test_rows_of_the_tail_have_weights_of_their_own():
+    q, k = randn(2, 5, 3, 3, 16, seed=1, dtype=HALF).unbind(2)[:2]
+    weights = [randn(16, seed=s) for s in range(2, 6)]
+    tail = (3, *weights[2:])
+    with torch.no_grad():
+        found = qk_norm_rope.qk_norm_rope(q, k, *weights[:2], tail=tail)
+        like = reference.qk_norm_rope(q, k, *weights[:2], tail=tail)
+    for x, y in zip(found, like, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="both weights"):
+        qk_norm_rope.qk_norm_rope(q, k, tail=tail)
+
+
 def test_a_group_of_one_prompt_is_read_from_a_single_row():
     x = randn(4, 5, 24, seed=1)[:1].expand(4, -1, -1)
     found = norm.norm_modulate(x, randn(1, 1, 24, seed=2), randn(1, 1, 24, seed=3))

@@ -101,3 +101,13 @@ def test_sft_with_muon_resumes_bitwise(tmp_path, sd3_dir):
     whole = run(tmp_path / "a", 3)
     run(tmp_path / "b", 2)
     assert run(tmp_path / "b", 3, resume=True) == whole
+
+
+def test_adapters_are_matrices_and_nothing_else():
+    ours = {"blocks.0.attn.to_q.lora_A.weight": torch.nn.Parameter(torch.ones(2, 4))}
+    alone = torch.nn.Parameter(torch.ones(2, 4))
+    optimizer = module.build(ours, CONFIG)
+    muon = torch.optim.Muon([alone], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    step(optimizer, ours, 0)
+    step(muon, {"": alone}, 0)
+    assert torch.equal(*ours.values(), alone)

@@ -1,0 +1,204 @@
+"""How fast is each op next to the reference, torch.compile and, for attention, the library's best?
+
+    python -m bench.ops [--device cpu|cuda] [--only OP] [--threads 2] [--output FILE]
+
+Every op is first held to the tests' rule: at most twice the reference's error against fp64, plus
+2 ulp; a wrong op ends the program. Variants are timed in turn. `bytes` counts each operand and each
+result once; the roof of a bandwidth is a copy of 256 MB (CPU: 64 MB) on the same machine, that of
+attention a bf16 matrix product of 8192 (CPU: fp32, 1024).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tdm_kernels import reference, select
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.timing import Times, environment, interleaved, report
+
+LIBRARY = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
+ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-8}
+
+
+@dataclass
+class Case:
+    """One call of an op; `flops` where arithmetic, not traffic, is what it costs."""
+
+    op: str
+    shape: str
+    args: list[Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    flops: int = 0
+
+    def call(self, module: Any) -> tuple[Tensor, ...]:
+        """Outputs of the op as `module` has it."""
+        out = getattr(module, self.op)(*self.args, **self.options)
+        return out if isinstance(out, tuple) else (out,)
+
+
+def cases(device: str, dtype: torch.dtype) -> list[Case]:
+    """The shapes of a tiny model and of one 512-pixel Z-Image; on a GPU also 1024 pixels."""
+    rows = [("tiny", 1, 40, 192, 3, 64), ("tiny group", 24, 40, 192, 3, 64)]
+    rows += [("Z-Image 512", 1, 1152, 3840, 30, 128)]
+    if device == "cuda":
+        rows += [("Z-Image 1024", 1, 4224, 3840, 30, 128), ("SD3.5-M 1024", 1, 4429, 1536, 24, 64)]
+    return [case for row in rows for case in _cases_of(*row, device, dtype)]
+
+
+def _cases_of(name, b, t, d, heads, h, device, dtype) -> list[Case]:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    x, branch = randn(b, t, d, dtype=dtype), randn(b, t, d, dtype=dtype)
+    gate, scale = randn(b, 1, d), randn(b, 1, d)
+    weights = {"branch_weight_D": randn(d), "weight_D": randn(d)}
+    q, k, v = randn(b, t, 3, heads, h, dtype=dtype).unbind(2)
+    angle = randn(1, t, 1, h // 2)
+    rope = torch.stack([angle.cos(), angle.sin()], -1).flatten(-2)
+    hidden = randn(b, t, 4 * d, dtype=dtype)
+    return [
+        Case("norm_modulate", name, [x, scale], {"weight_D": weights["weight_D"]}),
+        Case("gate_residual", name, [x, branch, gate]),
+        Case("gate_residual_norm", name, [x, branch, gate, scale], weights),
+        Case("qk_norm_rope", name, [q, k, randn(h), randn(h), rope]),
+        Case("swiglu", name, list(hidden.chunk(2, -1))),
+        Case("gelu_tanh", name, [hidden]),
+        Case("joint_attention", name, [q, k, v], flops=4 * b * heads * t * t * h),
+    ]
+
+
+def check(case: Case, ops: Any) -> float:
+    """Error of the op over what is allowed. Raises RuntimeError above 1."""
+    found, like = case.call(ops), case.call(reference)
+    plain, torch.Tensor.float = torch.Tensor.float, torch.Tensor.double  # type: ignore[method-assign]
+    try:  # the reference computes in fp32: lift that
+        wide = Case(case.op, case.shape, [_double(a) for a in case.args])
+        wide.options = {key: _double(value) for key, value in case.options.items()}
+        exact = wide.call(reference)
+    finally:
+        torch.Tensor.float = plain  # type: ignore[method-assign]
+    worst = 0.0
+    for a, b, c in zip(found, like, exact, strict=True):
+        size = float(c.abs().max().clamp(min=1.0))
+        allowed = 2 * float((b.double() - c).abs().max()) + 2 * ULP[a.dtype] * size
+        worst = max(worst, float((a.double() - c).abs().max()) / allowed)
+    if not worst <= 1:
+        raise RuntimeError(f"{case.op} at {case.shape} errs {worst:.2g} times what is allowed")
+    return worst
+
+
+def variants(case: Case, ops: Any, device: str) -> dict[str, Callable[[], Any]]:
+    """What is timed: ours and the reference, and on a GPU the compiler and the library."""
+    found: dict[str, Callable[[], Any]] = {
+        "ours": lambda: case.call(ops),
+        "reference": lambda: case.call(reference),
+    }
+    if device == "cuda":
+        compiled = torch.compile(getattr(reference, case.op), dynamic=False)
+        found["torch.compile"] = lambda: compiled(*case.args, **case.options)
+        if case.op == "joint_attention":
+            q, k, v = (x.transpose(1, 2) for x in case.args)
+            for name in LIBRARY:
+                found[name] = _library(getattr(SDPBackend, name), q, k, v)
+    return found
+
+
+def _library(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
+    def call() -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return call
+
+
+def roofs(device: str, repeats: int) -> dict[str, float]:
+    """Bytes and operations per second of this machine: a large copy, a large matrix product."""
+    large = device == "cuda"
+    source = torch.empty((256 if large else 64) * 2**20, dtype=torch.uint8, device=device)
+    side = 8192 if large else 1024
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if large else torch.float32)
+    target = torch.empty_like(source)
+    calls = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ a}
+    times = interleaved(calls, repeats=repeats)
+    return {
+        "bytes_per_s": 2 * len(source) / times["copy"].p50 * 1e3,
+        "flops_per_s": 2 * side**3 / times["matmul"].p50 * 1e3,
+    }
+
+
+def measure(case: Case, ops: Any, device: str, roof: dict[str, float], repeats: int) -> dict:
+    """Check and time one case."""
+    error = check(case, ops)
+    calls = variants(case, ops, device)
+    if case.op == "joint_attention":
+        calls = {name: call for name, call in calls.items() if _runs(call)}
+    times = interleaved(calls, repeats=repeats)
+    operands = [*case.args, *case.options.values(), *case.call(ops)]
+    size = sum(x.numel() * x.element_size() for x in operands if isinstance(x, Tensor))
+    work, peak = (case.flops, roof["flops_per_s"]) if case.flops else (size, roof["bytes_per_s"])
+    row = {"op": case.op, "shape": case.shape, "error_over_allowed": round(error, 3)}
+    per_s = work / times["ours"].p50 * 1e3
+    row |= {"us": {name: _microseconds(t) for name, t in times.items()}}
+    row |= {"TFLOP/s" if case.flops else "GB/s": round(per_s / (1e12 if case.flops else 1e9), 3)}
+    row |= {"% of roof": round(100 * per_s / peak, 1)}
+    others = {name: t.p50 / times["ours"].p50 for name, t in times.items() if name != "ours"}
+    return row | {"speedup over": {name: round(ratio, 2) for name, ratio in others.items()}}
+
+
+def _runs(call: Callable[[], Any]) -> bool:
+    """Whether a backend of the library takes this shape at all."""
+    try:
+        call()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _microseconds(times: Times) -> dict[str, float]:
+    return {p: round(getattr(times, p) * 1e3, 1) for p in ("p20", "p50", "p80")}
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) else x
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a row per case, then the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", metavar="OP")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    roof = roofs(args.device, args.repeats)
+    rows = []
+    with torch.no_grad():
+        for case in cases(args.device, dtype):
+            if args.only in (None, case.op):
+                head_dim = case.args[0].shape[-1] if case.op == "joint_attention" else 64
+                ops = select("auto", args.device, dtype, head_dim=head_dim, grad=False)
+                rows.append(measure(case, ops, args.device, roof, args.repeats))
+                row = rows[-1]
+                print(f"{row['op']:19} {row['shape']:13} {row['speedup over']}", flush=True)
+    report({"bench": "ops", **environment(), "roof": roof, "rows": rows}, args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
