@@ -117,10 +117,11 @@ def scaled_linear(x: Quantized, weight_FD: Quantized, bias_F: Tensor | None = No
 
 
 def pack_linear_fp8(
-    weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor]
-) -> Callable[[Tensor | Quantized], Tensor]:
-    """`reference.pack_linear_fp8` over the two above."""
-    return ScaledLinear(weight_FD, bias_F, sources, quantize_rows, scaled_linear)
+    weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor], *, gelu: bool = False
+) -> Callable[..., Tensor | Quantized]:
+    """`reference.pack_linear_fp8` over the ops above."""
+    activate = gelu_tanh_fp8 if gelu else None
+    return ScaledLinear(weight_FD, bias_F, sources, quantize_rows, scaled_linear, activate)
 
 
 def _quantize(x: Tensor, up: Tensor | None, gelu: bool = False) -> Quantized:

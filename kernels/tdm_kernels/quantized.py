@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D width, F output features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 class Quantized:
     """Rows in e4m3, each with its scale: stands for values * scale.
 
-    values [..., D] float8_e4m3fn, contiguous; scale [..., 1] fp32. Iterates over the first axis, as
-    a tensor does: both modulations of one norm unpack.
+    values [..., D] float8_e4m3fn, contiguous; scale [..., 1] fp32. Has a shape, a length, and items
+    along the first axis, as a tensor has: both modulations of one norm unpack.
     """
 
     values: Tensor
@@ -28,8 +28,11 @@ class Quantized:
         """Shape of the tensor it stands for."""
         return self.values.shape
 
-    def __iter__(self) -> Iterator[Quantized]:
-        return map(Quantized, self.values.unbind(), self.scale.unbind())
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Quantized:
+        return Quantized(self.values[index], self.scale[index])
 
     def dequantize(self) -> Tensor:
         """Return values * scale in fp32."""
@@ -37,7 +40,11 @@ class Quantized:
 
 
 class ScaledLinear:
-    """A linear over W in e4m3, quantised anew after an in-place update of any of `sources`."""
+    """A linear over W in e4m3, quantised anew after an in-place update of any of `sources`.
+
+    `quantize` and `multiply` are a backend's quantize_rows and scaled_linear; `activate`, if given,
+    its gelu_tanh_fp8, applied to the result.
+    """
 
     def __init__(
         self,
@@ -46,9 +53,10 @@ class ScaledLinear:
         sources: Sequence[Tensor],
         quantize: Callable[[Tensor], Quantized],
         multiply: Callable[[Quantized, Quantized, Tensor | None], Tensor],
+        activate: Callable[[Tensor], Quantized] | None = None,
     ) -> None:
         self.weight, self.bias, self.sources = weight_FD, bias_F, tuple(sources)
-        self.quantize, self.multiply = quantize, multiply
+        self.quantize, self.multiply, self.activate = quantize, multiply, activate
         self.version = self.current_version()
         self.quantized = quantize(weight_FD)
         check_product(self.quantized, self.quantized, bias_F)
@@ -64,15 +72,28 @@ class ScaledLinear:
         self.quantized.values.copy_(fresh.values)
         self.quantized.scale.copy_(fresh.scale)
 
-    def __call__(self, x: Tensor | Quantized) -> Tensor:
-        """Return bf16 [..., F] for x [..., D]. A CUDA graph replays without it: `update` before."""
+    def __call__(self, x: Tensor | Quantized, out: Tensor | None = None) -> Tensor | Quantized:
+        """Return bf16 [..., F] for x [..., D], in `out` if given; with `activate`, its e4m3 rows.
+
+        A CUDA graph replays without this: `update` before. Raises ValueError for `out` and
+        `activate` together, which nothing could hold.
+        """
+        if out is not None and self.activate is not None:
+            raise ValueError("out cannot receive activated rows: they leave in e4m3")
         rows = x if isinstance(x, Quantized) else self.quantize(x)
+        y = self.multiply(rows, self.current(), self.bias)
+        if self.activate is not None:
+            return self.activate(y)
+        return y if out is None else out.copy_(y)
+
+    def current(self) -> Quantized:
+        """Return the weight as it is now."""
         if torch.compiler.is_compiling():
             # A trace sees no versions, and must not keep the weight of its first call.
-            return self.multiply(rows, self.quantize(self.weight), self.bias)
+            return self.quantize(self.weight)
         if self.version != self.current_version():
             self.update()
-        return self.multiply(rows, self.quantized, self.bias)
+        return self.quantized
 
 
 def check_product(x: Quantized, weight_FD: Quantized, bias_F: Tensor | None) -> None:

@@ -12,9 +12,9 @@ and shift [2, B, 1, D], and then returns [2, B, T, D].
 Ops that end in `_fp8` stand in for the op of that name where the linear behind it multiplies e4m3,
 one scale per row. They take the same arguments and return `Quantized` rows, which unpack and tell
 their shape as a tensor does: `registry.select(..., fp8=True)` binds them to the same fields of
-`Ops`, and the blocks of a model read the same either way. A keyword on each op would reach every
-call site and every backend, and no backend could say beforehand that it lacks it; fields of their
-own would put the choice at every call. They are for inference: no gradient passes through them.
+`Ops`, and a model's blocks keep their calls. A keyword on each op would reach every call site and
+every backend, and no backend could say beforehand that it lacks it; fields of their own would put
+the choice at every call. They are for inference: no gradient passes through them.
 """
 
 from __future__ import annotations
@@ -250,13 +250,15 @@ def scaled_linear(x: Quantized, weight_FD: Quantized, bias_F: Tensor | None = No
 
 
 def pack_linear_fp8(
-    weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor]
-) -> Callable[[Tensor | Quantized], Tensor]:
-    """Return x -> scaled_linear(x, quantize_rows(W), b); plain rows, as attention's, are quantised.
+    weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor], *, gelu: bool = False
+) -> Callable[..., Tensor | Quantized]:
+    """Return (x, out=None) -> scaled_linear(x, quantize_rows(W), b), or gelu_tanh_fp8 of that.
 
-    Raises ValueError as scaled_linear does. `sources` are those of `pack_linear`.
+    Plain rows x, as attention's are, are quantised first. Raises ValueError as scaled_linear does,
+    and for `out` with `gelu`. `sources` are those of `pack_linear`.
     """
-    return ScaledLinear(weight_FD, bias_F, sources, quantize_rows, scaled_linear)
+    activate = gelu_tanh_fp8 if gelu else None
+    return ScaledLinear(weight_FD, bias_F, sources, quantize_rows, scaled_linear, activate)
 
 
 def solver_step(

@@ -118,7 +118,7 @@ def test_values_beyond_half_precision_are_not_lost():
 def test_two_modulations_unpack_as_a_tensor_does():
     x, scale, shift = randn(2, 5, D, seed=1), randn(2, 2, 1, D, seed=2), randn(2, 2, 1, D, seed=3)
     both = reference.norm_modulate_fp8(x, scale, shift)
-    assert both.shape == (2, 2, 5, D)
+    assert both.shape == (2, 2, 5, D) and len(both) == 2
     for found, s, t in zip(both, scale, shift, strict=True):
         like = reference.norm_modulate_fp8(x, s, t)
         assert torch.equal(found.dequantize(), like.dequantize())
@@ -171,6 +171,18 @@ def test_packed_linear_follows_its_weight_and_takes_plain_rows():
     torch.testing.assert_close(doubled.float() - bias, 2 * (found.float() - bias), rtol=0, atol=0.2)
 
 
+def test_packed_linear_writes_where_it_is_told_and_activates():
+    weight, bias, x = randn(32, D, seed=1), randn(32, seed=2), randn(2, 5, D, seed=3)
+    linear = reference.pack_linear_fp8(weight, bias, [weight])
+    rows = torch.zeros(2, 9, 32)
+    linear(x, rows[:, 4:])
+    assert torch.equal(rows[:, 4:], linear(x).float()) and not rows[:, :4].any()
+    activated = reference.pack_linear_fp8(weight, bias, [weight], gelu=True)
+    assert_within_half_a_step(activated(x), F.gelu(linear(x).double(), approximate="tanh"))
+    with pytest.raises(ValueError, match="out cannot receive activated rows"):
+        activated(x, rows[:, 4:])
+
+
 def test_select_binds_the_quantised_forms():
     ops = registry.select("auto", "cpu", grad=False, fp8=True)
     for op in registry.FP8_OPS:
@@ -206,10 +218,11 @@ def test_triton_asks_for_a_device_that_knows_e4m3(monkeypatch):
 def test_compiles_in_one_graph():
     weight = randn(32, D, seed=1)
     linear = reference.pack_linear_fp8(weight, None, [weight])
+    activated = reference.pack_linear_fp8(weight, None, [weight], gelu=True)
 
     def block(x):
         h, y = reference.gate_residual_norm_fp8(x, x)
-        return h, linear(y), linear(x)
+        return h, linear(y), linear(x), activated(y).dequantize()
 
     x = randn(2, 5, D, seed=2)
     compiled = torch.compile(block, backend="eager", fullgraph=True)
