@@ -73,6 +73,12 @@ struct Elementwise {
   Type type;
 };
 
+// out = silu(gate) * up, row by row; [B, T, D] each.
+struct SwiGLU {
+  int64_t T, D;
+  Rows gate, up, out;
+};
+
 // softmax(q k^T / sqrt(H)) v for T query and S key rows; strides as in HeadNorm, `out` [B, T, N, H].
 // Of sample b the first `lengths[b]` keys count, without `lengths` all.
 struct Attention {
@@ -106,7 +112,7 @@ struct Kernels {
   void (*head_norm_backward)(const HeadNorm&, int64_t b0, int64_t b1);
   void (*gelu)(const Elementwise&, int64_t i0, int64_t i1);
   void (*gelu_backward)(const Elementwise&, int64_t i0, int64_t i1);
-  void (*swiglu)(const Elementwise&, int64_t i0, int64_t i1);
+  void (*swiglu)(const SwiGLU&, int64_t row0, int64_t row1);
   void (*swiglu_backward)(const Elementwise&, int64_t i0, int64_t i1);
   void (*attention)(const Attention&, int64_t head0, int64_t head1);
   void (*linear)(const Linear&, int64_t item0, int64_t item1);

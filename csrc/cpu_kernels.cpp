@@ -350,14 +350,24 @@ void gelu_backward_typed(const Elementwise& p, int64_t i0, int64_t i1) {
 }
 
 template <class T>
-void swiglu_typed(const Elementwise& p, int64_t i0, int64_t i1) {
-  const T* __restrict a = in<T>(p.a);
-  const T* __restrict b = in<T>(p.b);
-  T* __restrict y = out<T>(p.out);
-  for (int64_t i = i0; i < i1; i++) {
-    const float x = load(a[i]);
-    y[i] = store<T>(x * sigmoid(x) * load(b[i]));
+void swiglu_typed(const SwiGLU& p, int64_t row0, int64_t row1) {
+  for (int64_t row = row0; row < row1; row++) {
+    const int64_t b = row / p.T, t = row % p.T;
+    const T* __restrict gate = in<T>(p.gate.data) + b * p.gate.batch + t * p.gate.row;
+    const T* __restrict up = in<T>(p.up.data) + b * p.up.batch + t * p.up.row;
+    T* __restrict y = out<T>(p.out.data) + b * p.out.batch + t * p.out.row;
+    for (int64_t i = 0; i < p.D; i++) {
+      const float x = load(gate[i]);
+      y[i] = store<T>(x * sigmoid(x) * load(up[i]));
+    }
   }
+}
+
+void swiglu(const SwiGLU& p, int64_t row0, int64_t row1) {
+  if (p.gate.type == Type::bf16)
+    swiglu_typed<bf16>(p, row0, row1);
+  else
+    swiglu_typed<float>(p, row0, row1);
 }
 
 template <class T>
@@ -383,7 +393,6 @@ void swiglu_backward_typed(const Elementwise& p, int64_t i0, int64_t i1) {
   }
 TDM_BY_TYPE(gelu)
 TDM_BY_TYPE(gelu_backward)
-TDM_BY_TYPE(swiglu)
 TDM_BY_TYPE(swiglu_backward)
 #undef TDM_BY_TYPE
 

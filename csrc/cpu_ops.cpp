@@ -1,5 +1,8 @@
 // The ops on a CPU: checks, the choice of an instruction set, and torch's own threads.
 #include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <string>
 
 #include <torch/csrc/stable/library.h>
@@ -7,6 +10,7 @@
 
 #include "check.h"
 #include "cpu.h"
+#include "program.h"
 
 namespace tdm {
 namespace {
@@ -45,9 +49,15 @@ Kernels& kernels() {
 
 constexpr int64_t kGrain = 16384;  // numbers per thread below which a second thread costs more
 
+thread_local std::unique_ptr<Program> recording;
+
 template <class Params>
 void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& params, int64_t count,
          int64_t cost) {
+  if (recording) {
+    auto work = [kernel, params](int64_t begin, int64_t end) { kernel(params, begin, end); };
+    recording->add(work, count, cost);
+  }
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost));
   if (count <= grain) return kernel(params, 0, count);
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
@@ -127,6 +137,12 @@ Rows heads_of(const Tensor& x, const char* name, int64_t B, int64_t T, int64_t N
   return {x.data_ptr(), type_of(x, name), x.stride(0), x.stride(1)};
 }
 
+Rows rows_from(Rows rows, int64_t first) {
+  const int64_t size = rows.type == Type::f32 ? 4 : 2;
+  rows.data = static_cast<char*>(rows.data) + first * rows.row * size;
+  return rows;
+}
+
 HeadNorm describe(const Tensor& x, const Optional& weight, const Optional& rope, double eps) {
   STD_TORCH_CHECK(x.dim() == 4, "x must be [B, T, N, H]");
   HeadNorm p{};
@@ -151,6 +167,28 @@ void head_norm(Tensor x, Optional weight, Optional rope, double eps, Tensor out)
   HeadNorm p = describe(x, weight, rope, eps);
   p.out = heads_of(out, "out", p.B, p.T, p.N, p.H, p.out_head);
   run(kernels().head_norm, p, p.B * p.T, p.N * p.H);
+}
+
+// q and k in one call; from row `tail` on with weights of their own, where there are any.
+void qk_norm(Tensor q, Tensor k, Optional weight_q, Optional weight_k, int64_t tail,
+             Optional tail_q, Optional tail_k, Optional rope, double eps, Tensor out_q,
+             Tensor out_k) {
+  const auto part = [&](const Tensor& x, const Optional& weight, const Tensor& out, int64_t first,
+                        int64_t count) {
+    HeadNorm p = describe(x, weight, rope, eps);
+    p.out = heads_of(out, "out", p.B, p.T, p.N, p.H, p.out_head);
+    STD_TORCH_CHECK(first >= 0 && first + count <= p.T, "tail must be from 0 to ", p.T);
+    p.x = rows_from(p.x, first), p.out = rows_from(p.out, first), p.T = count;
+    run(kernels().head_norm, p, p.B * p.T, p.N * p.H);
+  };
+  STD_TORCH_CHECK(!tail_q == !tail_k && !(tail_q && rope), "a tail has two weights and no rope");
+  const int64_t first = tail_q ? tail : q.size(1);
+  part(q, weight_q, out_q, 0, first);
+  part(k, weight_k, out_k, 0, tail_q ? tail : k.size(1));
+  if (tail_q) {
+    part(q, tail_q, out_q, tail, q.size(1) - tail);
+    part(k, tail_k, out_k, tail, k.size(1) - tail);
+  }
 }
 
 void head_norm_backward(Tensor dout, Tensor x, Optional weight, Optional rope, double eps,
@@ -181,9 +219,13 @@ void gelu_backward(Tensor dy, Tensor x, Tensor dx) {
 }
 
 void swiglu(Tensor gate, Tensor up, Tensor out) {
-  Elementwise p{flat(gate, "gate", gate), flat(up, "up", gate), nullptr,
-                flat(out, "out", gate),   nullptr,              type_of(gate, "gate")};
-  run(kernels().swiglu, p, gate.numel(), 4);
+  STD_TORCH_CHECK(gate.dim() == 3, "gate must be [B, T, F]");
+  const int64_t B = gate.size(0), T = gate.size(1), D = gate.size(2);
+  const SwiGLU p{T, D, rows_of(gate, "gate", B, T, D), rows_of(up, "up", B, T, D),
+                 rows_of(out, "out", B, T, D)};
+  STD_TORCH_CHECK(p.up.type == p.gate.type && p.out.type == p.gate.type,
+                  "gate, up and out must be of one dtype");
+  run(kernels().swiglu, p, B * T, 4 * D);
 }
 
 void swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor dgate, Tensor dup) {
@@ -240,6 +282,42 @@ void linear(Tensor x, Tensor panels, Optional bias, int64_t N, bool gelu, Tensor
   run(kernels().linear, p, count * chunks, std::min(M, kPanelRows) * kPanel * p.K / 16);
 }
 
+// Programs by number. A program is not changed once it is here.
+std::mutex programs_mutex;
+std::map<int64_t, std::shared_ptr<const Program>> programs;
+
+void record() {
+  STD_TORCH_CHECK(!recording, "this thread is recording already");
+  recording = std::make_unique<Program>();
+}
+
+// Ends the recording; returns the program's number.
+int64_t recorded() {
+  STD_TORCH_CHECK(recording, "this thread is not recording");
+  const std::lock_guard<std::mutex> lock(programs_mutex);
+  static int64_t last = 0;
+  programs[++last] = std::move(recording);
+  return last;
+}
+
+void replay(int64_t number, int64_t threads) {
+  std::shared_ptr<const Program> program;
+  {
+    const std::lock_guard<std::mutex> lock(programs_mutex);
+    const auto found = programs.find(number);
+    STD_TORCH_CHECK(found != programs.end(), "there is no program ", number);
+    program = found->second;
+  }
+  program->replay(std::max<int64_t>(1, threads), [](int64_t count, const Work& body) {
+    torch::stable::parallel_for(0, count, 1, body);
+  });
+}
+
+void forget(int64_t number) {
+  const std::lock_guard<std::mutex> lock(programs_mutex);
+  programs.erase(number);
+}
+
 std::string instruction_set() { return kernels().name; }
 
 void use_instruction_set(std::string name) { kernels() = named(name); }
@@ -251,6 +329,7 @@ STABLE_TORCH_LIBRARY_IMPL(tdm_kernels, CPU, m) {
   m.impl("residual_norm", TORCH_BOX(&tdm::residual_norm));
   m.impl("residual_norm_backward", TORCH_BOX(&tdm::residual_norm_backward));
   m.impl("head_norm", TORCH_BOX(&tdm::head_norm));
+  m.impl("qk_norm", TORCH_BOX(&tdm::qk_norm));
   m.impl("head_norm_backward", TORCH_BOX(&tdm::head_norm_backward));
   m.impl("gelu", TORCH_BOX(&tdm::gelu));
   m.impl("gelu_backward", TORCH_BOX(&tdm::gelu_backward));
@@ -262,6 +341,10 @@ STABLE_TORCH_LIBRARY_IMPL(tdm_kernels, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tdm_kernels, CompositeExplicitAutograd, m) {
+  m.impl("record", TORCH_BOX(&tdm::record));
+  m.impl("recorded", TORCH_BOX(&tdm::recorded));
+  m.impl("replay", TORCH_BOX(&tdm::replay));
+  m.impl("forget", TORCH_BOX(&tdm::forget));
   m.impl("instruction_set", TORCH_BOX(&tdm::instruction_set));
   m.impl("use_instruction_set", TORCH_BOX(&tdm::use_instruction_set));
 }

@@ -15,6 +15,9 @@ STABLE_TORCH_LIBRARY(tdm_kernels, m) {
   m.def(
       "head_norm(Tensor x, Tensor? weight, Tensor? rope, float eps, Tensor(a!) out) -> ()");
   m.def(
+      "qk_norm(Tensor q, Tensor k, Tensor? weight_q, Tensor? weight_k, int tail, Tensor? tail_q, "
+      "Tensor? tail_k, Tensor? rope, float eps, Tensor(a!) out_q, Tensor(b!) out_k) -> ()");
+  m.def(
       "head_norm_backward(Tensor dout, Tensor x, Tensor? weight, Tensor? rope, float eps, "
       "Tensor(a!) dx, Tensor(b!)? dweight) -> ()");
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
@@ -25,6 +28,10 @@ STABLE_TORCH_LIBRARY(tdm_kernels, m) {
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor(a!) out) -> ()");
   m.def("pack_panels(Tensor weight, Tensor(a!) panels) -> ()");
   m.def("linear(Tensor x, Tensor panels, Tensor? bias, int N, bool gelu, Tensor(a!) out) -> ()");
+  m.def("record() -> ()");
+  m.def("recorded() -> int");
+  m.def("replay(int program, int threads) -> ()");
+  m.def("forget(int program) -> ()");
   m.def("instruction_set() -> str");
   m.def("use_instruction_set(str name) -> ()");
 }

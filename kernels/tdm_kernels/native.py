@@ -47,7 +47,7 @@ def load() -> str:
 
 def instruction_set() -> str:
     """Name of the kernels this machine runs: "portable", "avx2" or "avx512"."""
-    return _op("instruction_set")()
+    return native_op("instruction_set")()
 
 
 def use_instruction_set(name: str) -> None:
@@ -55,11 +55,12 @@ def use_instruction_set(name: str) -> None:
 
     Raises RuntimeError for a set this machine lacks.
     """
-    _op("use_instruction_set")(name)
+    native_op("use_instruction_set")(name)
 
 
 @lru_cache
-def _op(name: str) -> Any:
+def native_op(name: str) -> Any:
+    """Return the op of csrc/ops.cpp; `load` has to have succeeded."""
     return getattr(torch.ops.tdm_kernels, name).default
 
 
@@ -125,7 +126,7 @@ def _forward(inputs: tuple, eps: float, norm: bool, stats: Tensor | None) -> tup
         shape = x.shape if scale is None or scale.ndim == 3 else (scale.shape[0], *x.shape)
         y = x.new_empty(shape, dtype=product_dtype(x))
     weights = (_float(branch_weight), _float(weight))
-    _op("residual_norm")(x, branch, _float(gate), *weights, scale, shift, eps, h, y, stats)
+    native_op("residual_norm")(x, branch, _float(gate), *weights, scale, shift, eps, h, y, stats)
     return h, y
 
 
@@ -169,7 +170,7 @@ class _ResidualNorm(torch.autograd.Function):
         dshift = sums(scaled and shift is not None and needs[6], sets, b, 1, d)
         weights = (_float(gate), _float(branch_weight), _float(weight), _float(scale))
         sums_out = (dgate, dbranch_weight, dweight, dscale, dshift)
-        _op("residual_norm_backward")(dh, dy, h, branch, *weights, stats, dx, dbranch, *sums_out)
+        native_op("residual_norm_backward")(dh, dy, h, branch, *weights, stats, dx, dbranch, *sums_out)
         return (
             dx, dbranch, vector_grad(dgate, gate), weight_grad(dbranch_weight, branch_weight),
             weight_grad(dweight, weight), vector_grad(dscale, scale), vector_grad(dshift, shift),
@@ -189,17 +190,20 @@ def qk_norm_rope(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`reference.qk_norm_rope`: norm and rotation of a head in one pass."""
-    if tail is not None:
-        if torch.is_grad_enabled():  # what is written in parts has no graph
-            args = (q_BTNH, k_BTNH, weight_q_H, weight_k_H)
-            return reference.qk_norm_rope(*args, tail=tail, eps=eps)
-        t, *weights = tail
-        return (
-            _head_norm_parts(q_BTNH, t, weight_q_H, weights[0], eps),
-            _head_norm_parts(k_BTNH, t, weight_k_H, weights[1], eps),
-        )
-    q = _head_norm(q_BTNH, weight_q_H, rope_BTNH, eps)
-    return q, _head_norm(k_BTNH, weight_k_H, rope_BTNH, eps)
+    weights = (weight_q_H, weight_k_H)
+    grad = torch.is_grad_enabled()
+    if tail is not None and grad:  # what is written in parts has no graph
+        return reference.qk_norm_rope(q_BTNH, k_BTNH, *weights, tail=tail, eps=eps)
+    idle = rope_BTNH is None and (weight_q_H is None or weight_k_H is None)
+    if grad or idle:
+        q = _head_norm(q_BTNH, weight_q_H, rope_BTNH, eps)
+        return q, _head_norm(k_BTNH, weight_k_H, rope_BTNH, eps)
+    t, tail_q, tail_k = (0, None, None) if tail is None else tail
+    q, k = unit(q_BTNH), unit(k_BTNH)
+    out = _heads_like(q), _heads_like(k)
+    tails = (t, _float(tail_q), _float(tail_k))
+    native_op("qk_norm")(q, k, _float(weight_q_H), _float(weight_k_H), *tails, rope_BTNH, eps, *out)
+    return out
 
 
 def _head_norm(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float) -> Tensor:
@@ -212,14 +216,6 @@ def _head_norm(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float
     return _head_norm_forward(x, weight, rope, eps)
 
 
-def _head_norm_parts(x: Tensor, t: int, weight: Tensor, tail_weight: Tensor, eps: float) -> Tensor:
-    x = unit(x)
-    out = _heads_like(x)
-    _op("head_norm")(x[:, :t], _float(weight), None, eps, out[:, :t])
-    _op("head_norm")(x[:, t:], _float(tail_weight), None, eps, out[:, t:])
-    return out
-
-
 def _heads_like(x: Tensor) -> Tensor:
     # Autocast's attention computes in fp32 on a CPU: handing it fp32 saves the cast.
     dtype = torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype
@@ -228,7 +224,7 @@ def _heads_like(x: Tensor) -> Tensor:
 
 def _head_norm_forward(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float) -> Tensor:
     out = _heads_like(x)
-    _op("head_norm")(x, _float(weight), rope, eps, out)
+    native_op("head_norm")(x, _float(weight), rope, eps, out)
     return out
 
 
@@ -246,22 +242,22 @@ class _HeadNorm(torch.autograd.Function):
         dx = x.new_empty(x.shape)
         wanted = weight is not None and ctx.needs_input_grad[1]
         sums = x.new_zeros((x.shape[0], x.shape[3]), dtype=torch.float64) if wanted else None
-        _op("head_norm_backward")(unit(dout), x, _float(weight), rope, ctx.eps, dx, sums)
+        native_op("head_norm_backward")(unit(dout), x, _float(weight), rope, ctx.eps, dx, sums)
         return dx, weight_grad(sums, weight), None, None
 
 
 @traced_as_reference
 def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """`reference.swiglu` in one pass."""
-    gate, up = gate_BTF.contiguous(), up_BTF.to(gate_BTF.dtype).contiguous()
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _SwiGLU.apply(gate, up)
-    return _swiglu(gate, up)
+    up_BTF = up_BTF.to(gate_BTF.dtype)
+    if torch.is_grad_enabled() and (gate_BTF.requires_grad or up_BTF.requires_grad):
+        return _SwiGLU.apply(gate_BTF.contiguous(), up_BTF.contiguous())
+    return _swiglu(unit(gate_BTF), unit(up_BTF))
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    out = torch.empty_like(gate)
-    _op("swiglu")(gate, up, out)
+    out = gate.new_empty(gate.shape)
+    native_op("swiglu")(gate, up, out)
     return out
 
 
@@ -276,7 +272,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        _op("swiglu_backward")(dy.contiguous(), gate, up, dgate, dup)
+        native_op("swiglu_backward")(dy.contiguous(), gate, up, dgate, dup)
         return dgate, dup
 
 
@@ -291,7 +287,7 @@ def gelu_tanh(x_BTF: Tensor) -> Tensor:
 
 def _gelu(x: Tensor) -> Tensor:
     out = torch.empty_like(x)
-    _op("gelu")(x, out)
+    native_op("gelu")(x, out)
     return out
 
 
@@ -306,7 +302,7 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
-        _op("gelu_backward")(dy.contiguous(), x, dx)
+        native_op("gelu_backward")(dy.contiguous(), x, dx)
         return dx
 
 
@@ -320,7 +316,7 @@ def joint_attention(
     q, k, v = unit(q_BTNH), unit(k_BSNH), unit(v_BSNH)
     out = q.new_empty(q.shape)
     lengths = None if lengths_B is None else lengths_B.to(torch.int64).contiguous()
-    _op("attention")(q, k, v, lengths, out)
+    native_op("attention")(q, k, v, lengths, out)
     return out.flatten(2)
 
 
@@ -354,12 +350,12 @@ class PanelLinear:
             return self.plain(x, out)
         version = sum(source._version for source in self.sources)
         if version != self.version:
-            _op("pack_panels")(self.weight, self.panels)
+            native_op("pack_panels")(self.weight, self.panels)
             self.version = version
         width, depth = self.weight.shape
         rows = unit(x if x.ndim == 3 else x.reshape(1, -1, depth))
         to = rows.new_empty((*rows.shape[:2], width)) if out is None or x.ndim != 3 else out
-        _op("linear")(rows, self.panels, self.bias, width, self.gelu, to)
+        native_op("linear")(rows, self.panels, self.bias, width, self.gelu, to)
         if to is out:
             return out
         y = to.view(*x.shape[:-1], width)

@@ -20,7 +20,7 @@ the choice at every call. They are for inference: no gradient passes through the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -184,6 +184,16 @@ def linear(
     if gelu:
         y = gelu_tanh(y)
     return y if out is None else out.copy_(y)
+
+
+def record(call: Callable[..., Tensor], sources: Iterable[Tensor]) -> Callable[..., Tensor]:
+    """Return what computes `call`, for inference, perhaps from a recording of the ops it runs.
+
+    `call` runs ops of one `Ops` and makes views, nothing else; its first argument is a tensor, the
+    others are tensors or values. `sources` are the weights it reads: a recording watches their
+    versions.
+    """
+    return call
 
 
 def quantize_rows(x: Tensor) -> Quantized:

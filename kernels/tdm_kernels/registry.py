@@ -39,6 +39,7 @@ class Ops:
     gelu_tanh: Callable
     joint_attention: Callable
     pack_linear: Callable
+    record: Callable
     solver_step: Callable
 
 
@@ -134,6 +135,7 @@ NATIVE_OPS = tuple(op for op in OP_NAMES if hasattr(native, op))
 IMPLS = (
     *(Impl(op, "triton", fn, _triton, grad=True) for op, fn in TRITON_OPS.items()),
     *(Impl(op, "native", getattr(native, op), _native, grad=True) for op in NATIVE_OPS),
+    Impl("record", "native", "tdm_kernels.recording:record", _native, grad=True),
     *(Impl(op, "reference", getattr(reference, op), _always, grad=True) for op in OP_NAMES),
     *(Impl(FP8_NAMES[op], "triton", fn, _triton_fp8, grad=False) for op, fn in FP8_OPS.items()),
     *(

@@ -199,12 +199,14 @@ class Transformer(Packable):
     family: ClassVar[str]
     config: Any
     groups: tuple[str, ...] = ("modulation",)
+    recordable: tuple[str, ...]  # methods that run ops and make views, nothing else
 
     def init_runtime(self, backend: str, head_dim: int) -> None:
         """Finish construction once the parameters exist: remember the backend, bind the ops."""
         self.backend = backend
         self.head_dim = head_dim
         self.frozen = False
+        self.recorded: dict[str, Callable[..., Tensor]] = {}
         self.bind_ops()
 
     @property
@@ -254,6 +256,8 @@ class Transformer(Packable):
         for module in self.modules():
             if isinstance(module, Packable) and not module.packed:
                 module.pack(self.ops)
+        for name in self.recordable:
+            self.recorded[name] = self.ops.record(getattr(self, name), self.parameters())
         self.frozen = True
         return self
 
@@ -262,8 +266,16 @@ class Transformer(Packable):
         for module in self.modules():
             if isinstance(module, Packable):
                 module.unpack()
+        self.recorded = {}
         self.frozen = False
         return self
+
+    def run(self, name: str, *inputs: Any) -> Tensor:
+        """Call a recordable method, from its recording where there is one."""
+        return self.recorded.get(name, getattr(self, name))(*inputs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "recorded": {}}
 
     def bind_ops(self) -> None:
         """Choose the ops for the device and dtype the parameters are on now.

@@ -320,6 +320,7 @@ class SD3Transformer(Transformer):
 
     family = "sd3"
     groups = ("modulation", "output")
+    recordable = ("blocks",)
 
     def __init__(self, config: SD3Config, backend: str = "auto") -> None:
         super().__init__()
@@ -386,19 +387,23 @@ class SD3Transformer(Transformer):
 
         Context and modulation have B rows, or one row that serves the whole batch.
         """
-        ops, p = self.ops, self.config.patch_size
+        p = self.config.patch_size
         b, _, height, width = x_BChw.shape
         patches = patchify(x_BChw.to(self.dtype), p, channels_last=False)
         h_BnD = F.linear(patches, self.pos_embed.weight) + context.position_1nD
-        c_BTD = context.tokens_BTD.expand(b, -1, -1)
-        blocks, mods = self.transformer_blocks, mod_MB1D.split(self.chunk_sizes())
+        out_Bnf = self.run("blocks", h_BnD, context.tokens_BTD.expand(b, -1, -1), mod_MB1D)
+        return unpatchify(out_Bnf, height, width, p).float()
+
+    def blocks(self, h_BnD: Tensor, c_BTD: Tensor, mod_MB1D: Tensor) -> Tensor:
+        """Return the patches of v [B, n, p p C] for embedded patches and text."""
+        ops, blocks, mods = self.ops, self.transformer_blocks, mod_MB1D.split(self.chunk_sizes())
         y_BnD, yc_BTD = blocks[0].norms(h_BnD, c_BTD, mods[0], ops)
         for index, block in enumerate(blocks):
             following = self.following(index, mods[index + 1])
             h_BnD, c_BTD, y_BnD, yc_BTD = block(
                 h_BnD, c_BTD, y_BnD, yc_BTD, mods[index], following, ops
             )
-        return unpatchify(self.linear("output", y_BnD), height, width, p).float()
+        return self.linear("output", y_BnD)
 
     def chunk_sizes(self) -> list[int]:
         """Return how many modulation vectors each block has, and the output norm."""

@@ -234,6 +234,7 @@ class ZImageTransformer(Transformer):
     """
 
     family = "zimage"
+    recordable = ("refine", "join")
 
     def __init__(self, config: ZImageConfig, backend: str = "auto") -> None:
         super().__init__()
@@ -341,16 +342,31 @@ class ZImageTransformer(Transformer):
         if context.num_image_pads:
             pads = self.x_pad_token.expand(b, context.num_image_pads, -1)
             h = torch.cat([h, pads], dim=1)
-        mods = mod_MB1D[:-1].unflatten(0, (-1, 4)).unbind()
-        num_refiners = len(self.noise_refiner)
-        rope = context.rope_image_BINH
-        h = run_blocks(self.noise_refiner, h, ops, rope, None, mods[:num_refiners])
+        first = 4 * len(self.noise_refiner)
+        h = self.run("refine", h, context.rope_image_BINH, mod_MB1D[:first])
         h = torch.cat([h, context.text_BPD.expand(b, -1, -1)], dim=1)
-        rope, lengths_B = context.rope_joint_BSNH, context.lengths_B
-        h = run_blocks(self.layers, h, ops, rope, lengths_B, mods[num_refiners:], num_image)
+        rope, lengths_B, mod_MB1D = context.rope_joint_BSNH, context.lengths_B, mod_MB1D[first:]
+        h = self.run("join", h, rope, mod_MB1D[:-1], lengths_B, num_image)
         y = ops.norm_modulate(h, mod_MB1D[-1], eps=FINAL_EPS)
         out = self.all_final_layer[config.patch_key].linear(y)
         return -unpatchify(out, height, width, config.patch_size).float()
+
+    def refine(self, h_BID: Tensor, rope_BINH: Tensor, mod_MB1D: Tensor) -> Tensor:
+        """Return the image rows after the refiner's blocks."""
+        mods = mod_MB1D.unflatten(0, (-1, 4)).unbind()
+        return run_blocks(self.noise_refiner, h_BID, self.ops, rope_BINH, None, mods)
+
+    def join(
+        self,
+        h_BSD: Tensor,
+        rope_BSNH: Tensor,
+        mod_MB1D: Tensor,
+        lengths_B: Tensor | None,
+        num_image: int,
+    ) -> Tensor:
+        """Return the first `num_image` rows after the blocks over image and text."""
+        mods = mod_MB1D.unflatten(0, (-1, 4)).unbind()
+        return run_blocks(self.layers, h_BSD, self.ops, rope_BSNH, lengths_B, mods, num_image)
 
 
 def padded_lengths(cond: Condition, config: ZImageConfig) -> list[int]:
