@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     table = explain(args.device, DTYPES[args.dtype], args.head_dim, grad=not args.no_grad)
     for op, reasons in table.items():
         cells = "  ".join(f"{name}: {reasons.get(name, 'not implemented')}" for name in BACKENDS)
-        print(f"{op:20s}{cells}")
+        print(f"{op:24s}{cells}")
     return 0
 
 

@@ -27,9 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from tdm_kernels import glu, norm, qk_norm_rope
+from tdm_kernels import fp8, glu, norm, qk_norm_rope
 
 ARCHS = (80, 89, 90, 100, 120)
+FIRST_FP8_ARCH = 89
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -67,8 +68,14 @@ def capture(run: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
-def measure(launch: Launch, capability: int) -> Usage:
-    """Compile a launch for one compute capability, such as 90, and return what it uses."""
+def archs_for(launch: Launch) -> tuple[int, ...]:
+    """Return the compute capabilities a launch is compiled for: e4m3 is not for all of them."""
+    e4m3 = any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in launch.args)
+    return tuple(arch for arch in ARCHS if arch >= FIRST_FP8_ARCH or not e4m3)
+
+
+def compiled_for(launch: Launch, capability: int) -> Any:
+    """Compile a launch for one compute capability, such as 90."""
     target = GPUTarget("cuda", capability, 32)
     backend, kernel = make_backend(target), launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -77,7 +84,12 @@ def measure(launch: Launch, capability: int) -> Usage:
         backend, {"debug": False, **launch.options}, bound, specialization, None
     )
     source = ASTSource(kernel, signature, constexprs, attrs)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def measure(launch: Launch, capability: int) -> Usage:
+    """Compile a launch for one compute capability, and return what it uses."""
+    compiled = compiled_for(launch, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -152,6 +164,34 @@ def _sd3(grad: bool) -> dict[str, Callable[[], Any]]:
     }
 
 
+def _fp8() -> dict[str, Callable[[], Any]]:
+    """What feeds the linears of both models, attention's output ("quantize_rows") included."""
+    x, branch, out = (_rows(2, 4224, 3840, grad=False) for _ in range(3))
+    scale, gate = _vectors(3840, 2, False)
+    weights = {"branch_weight_D": _rows(3840, grad=False), "weight_D": _rows(3840, grad=False)}
+    halves = _rows(2, 4224, 2 * 10240, grad=False)
+    image, hidden = _rows(2, 4096, 1536, grad=False), _rows(2, 4096, 6144, grad=False)
+    table = _rows(9, 2, 1, 1536, dtype=torch.float32, grad=False)
+    shift, scale_2, gate_2 = table[:3].unbind()
+    return {
+        "zimage/norm_modulate": lambda: norm.norm_modulate_fp8(
+            x, scale, weight_D=weights["weight_D"]
+        ),
+        "zimage/gate_residual_norm": lambda: norm.gate_residual_norm_fp8(
+            x, branch, gate, scale, **weights
+        ),
+        "zimage/swiglu": lambda: fp8.swiglu_fp8(*halves.chunk(2, -1)),
+        "zimage/quantize_rows": lambda: fp8.quantize_rows(out),
+        "sd3/norm_modulate": lambda: norm.norm_modulate_fp8(image, scale_2, shift),
+        "sd3/norm_modulate_2": lambda: norm.norm_modulate_fp8(image, table[1:8:6], table[0:7:6]),
+        "sd3/gate_residual_norm": lambda: norm.gate_residual_norm_fp8(
+            image, image, gate_2, scale_2, shift
+        ),
+        "sd3/gelu_tanh": lambda: fp8.gelu_tanh_fp8(hidden),
+        "sd3/quantize_rows": lambda: fp8.quantize_rows(image),
+    }
+
+
 def _forward_backward(call: Callable[[], Any]) -> None:
     outputs = call()
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -162,7 +202,7 @@ def production_launches() -> dict[str, Launch]:
     """Return every launch of both models by name: MODEL/OP/PASS.
 
     Passes: "infer"; "train" and "backward" with all gradients; "frozen", the backward pass where
-    only rows need gradients, as in adapter training.
+    only rows need gradients, as in adapter training; "fp8", inference in e4m3.
     """
     found: dict[str, Launch] = {}
     for model, ops_of in (("zimage", _zimage), ("sd3", _sd3)):
@@ -173,6 +213,8 @@ def production_launches() -> dict[str, Launch]:
             found[f"{model}/{op}/train"], found[f"{model}/{op}/backward"] = both
         for op, call in ops_of(False).items():
             _, found[f"{model}/{op}/frozen"] = capture(partial(_forward_backward, call))
+    for name, call in _fp8().items():
+        (found[f"{name}/fp8"],) = capture(call)
     return _distinct(found)
 
 
@@ -196,7 +238,7 @@ def budget() -> dict[str, dict[str, int]]:
     """
     table = {}
     for name, launch in production_launches().items():
-        usages = [asdict(measure(launch, arch)) for arch in ARCHS]
+        usages = [asdict(measure(launch, arch)) for arch in archs_for(launch)]
         table[name] = {field: max(usage[field] for usage in usages) for field in usages[0]}
         table[name]["registers"] = -(-table[name]["registers"] // 8) * 8
     return table

@@ -31,8 +31,18 @@ def _place(F: tl.constexpr, BLOCK_F: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, offsets, mask):
+def load_fp32(ptr, offsets, mask):
     return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def swiglu_of(gate, up):
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def gelu_tanh_of(x):
+    return x * tl.sigmoid(x * (LINEAR + CUBIC * x * x))
 
 
 @triton.jit
@@ -40,9 +50,9 @@ def swiglu_kernel(
     gate_ptr, up_ptr, out_ptr, gate_row, up_row, F: tl.constexpr, BLOCK_F: tl.constexpr
 ):
     row, f, mask = _place(F, BLOCK_F)
-    gate = _load(gate_ptr, row * gate_row + f, mask)
-    up = _load(up_ptr, row * up_row + f, mask)
-    tl.store(out_ptr + row * F + f, gate * tl.sigmoid(gate) * up, mask=mask)
+    gate = load_fp32(gate_ptr, row * gate_row + f, mask)
+    up = load_fp32(up_ptr, row * up_row + f, mask)
+    tl.store(out_ptr + row * F + f, swiglu_of(gate, up), mask=mask)
 
 
 @triton.jit
@@ -51,11 +61,11 @@ def swiglu_backward_kernel(
     F: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     row, f, mask = _place(F, BLOCK_F)
-    dy = _load(dy_ptr, row * dy_row + f, mask)
-    gate = _load(gate_ptr, row * gate_row + f, mask)
+    dy = load_fp32(dy_ptr, row * dy_row + f, mask)
+    gate = load_fp32(gate_ptr, row * gate_row + f, mask)
     s = tl.sigmoid(gate)
     if dgate_ptr is not None:
-        up = _load(up_ptr, row * up_row + f, mask)
+        up = load_fp32(up_ptr, row * up_row + f, mask)
         tl.store(dgate_ptr + row * F + f, dy * up * s * (1.0 + gate * (1.0 - s)), mask=mask)
     if dup_ptr is not None:
         tl.store(dup_ptr + row * F + f, dy * gate * s, mask=mask)
@@ -64,8 +74,8 @@ def swiglu_backward_kernel(
 @triton.jit
 def gelu_tanh_kernel(x_ptr, out_ptr, x_row, F: tl.constexpr, BLOCK_F: tl.constexpr):
     row, f, mask = _place(F, BLOCK_F)
-    x = _load(x_ptr, row * x_row + f, mask)
-    tl.store(out_ptr + row * F + f, x * tl.sigmoid(x * (LINEAR + CUBIC * x * x)), mask=mask)
+    x = load_fp32(x_ptr, row * x_row + f, mask)
+    tl.store(out_ptr + row * F + f, gelu_tanh_of(x), mask=mask)
 
 
 @triton.jit
@@ -73,8 +83,8 @@ def gelu_tanh_backward_kernel(
     dy_ptr, x_ptr, dx_ptr, dy_row, x_row, F: tl.constexpr, BLOCK_F: tl.constexpr
 ):
     row, f, mask = _place(F, BLOCK_F)
-    dy = _load(dy_ptr, row * dy_row + f, mask)
-    x = _load(x_ptr, row * x_row + f, mask)
+    dy = load_fp32(dy_ptr, row * dy_row + f, mask)
+    x = load_fp32(x_ptr, row * x_row + f, mask)
     s = tl.sigmoid(x * (LINEAR + CUBIC * x * x))
     slope = s + x * s * (1.0 - s) * (LINEAR + 3.0 * CUBIC * x * x)
     tl.store(dx_ptr + row * F + f, dy * slope, mask=mask)

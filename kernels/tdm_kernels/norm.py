@@ -8,9 +8,10 @@ Shapes: B batch, T tokens, D width, M modulations of one norm (1 or 2).
 norm is RMSNorm with a weight, LayerNorm without. `norm_modulate` has no branch (h = x) and
 `gate_residual` no norm. A program holds a whole row in registers. Rows may be strided over B and T;
 modulations are [B or 1, 1, D] or [M, B or 1, 1, D] with any leading strides. Everything is computed
-in fp32. Gradients that sum over tokens are summed in fp32 over a few rows by each program, then by
-torch over programs: no atomics, the same bits in every run. While torch.compile or torch.export
-traces, the reference is traced instead: compilers fuse it themselves.
+in fp32; y may be stored in e4m3, a scale per row (inference). Gradients that sum over tokens are
+summed in fp32 over a few rows by each program, then by torch over programs: no atomics, the same
+bits in every run. While torch.compile or torch.export traces, the reference is traced instead:
+compilers fuse it themselves.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tdm_kernels.fp8 import magnitude_bits, row_scale
 from tdm_kernels.layout import (
     check_rows,
     check_vectors,
@@ -38,6 +40,7 @@ from tdm_kernels.layout import (
     warps_for,
     weight_grad,
 )
+from tdm_kernels.quantized import Quantized
 
 MAX_SETS = 2  # modulations of one norm: the kernels spell out their gradients
 
@@ -52,13 +55,16 @@ def _row(ptr, d, mask):
 @triton.jit(do_not_specialize=["T"])
 def residual_norm_kernel(
     x_ptr, branch_ptr, gate_ptr, branch_weight_ptr, weight_ptr, scale_ptr, shift_ptr,
-    h_ptr, y_ptr, stats_ptr,
+    h_ptr, y_ptr, y_scale_ptr, stats_ptr,
     x_batch, x_row, branch_batch, branch_row, gate_batch,
     scale_set, scale_batch, shift_set, shift_batch, y_set,
     T, eps,
     D: tl.constexpr, NUM_SETS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per row. h and y are contiguous; stats is [B * T, 3]: mean, 1/sigma, 1/rms."""
+    """One program per row. h and y are contiguous; stats is [B * T, 3]: mean, 1/sigma, 1/rms.
+
+    With `y_scale_ptr`, [M, B * T], y is e4m3.
+    """
     row = tl.program_id(0)
     b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)
     row = row.to(tl.int64)
@@ -96,6 +102,10 @@ def residual_norm_kernel(
                 y = h * _row(scale_ptr + m * scale_set + b * scale_batch, d, mask)
                 if shift_ptr is not None:
                     y += _row(shift_ptr + m * shift_set + b * shift_batch, d, mask)
+            if y_scale_ptr is not None:
+                scale = row_scale(magnitude_bits(y))
+                y *= tl.div_rn(1.0, scale)
+                tl.store(y_scale_ptr + m * (y_set // D) + row, scale)
             tl.store(y_ptr + m * y_set + row * D + d, y, mask=mask)
 
 
@@ -227,6 +237,37 @@ def gate_residual_norm(
     return _run(inputs, eps, norm=True)
 
 
+@traced_as_reference
+def norm_modulate_fp8(
+    x_BTD: Tensor,
+    scale_BTD: Tensor | None = None,
+    shift_BTD: Tensor | None = None,
+    *,
+    weight_D: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Quantized:
+    """`reference.norm_modulate_fp8`: the row is quantised while it is in registers."""
+    inputs = _checked(x_BTD, None, None, None, weight_D, scale_BTD, shift_BTD)
+    return _forward(inputs, eps, True, None, fp8=True)[1]
+
+
+@traced_as_reference
+def gate_residual_norm_fp8(
+    x_BTD: Tensor,
+    branch_BTD: Tensor,
+    gate_BTD: Tensor | None = None,
+    scale_BTD: Tensor | None = None,
+    shift_BTD: Tensor | None = None,
+    *,
+    branch_weight_D: Tensor | None = None,
+    weight_D: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Quantized]:
+    """`reference.gate_residual_norm_fp8`: the row stays in registers from branch to e4m3."""
+    inputs = (x_BTD, branch_BTD, gate_BTD, branch_weight_D, weight_D, scale_BTD, shift_BTD)
+    return _forward(_checked(*inputs), eps, True, None, fp8=True)
+
+
 def _run(inputs: tuple, eps: float, *, norm: bool) -> tuple[Any, Any]:
     """(h, y); h is None without a branch, y without a norm."""
     inputs = _checked(*inputs)
@@ -254,21 +295,25 @@ def _checked(x, branch, gate, branch_weight, weight, scale, shift) -> tuple:
     )  # fmt: skip
 
 
-def _forward(inputs: tuple, eps: float, norm: bool, stats: Tensor | None) -> tuple[Any, Any]:
+def _forward(
+    inputs: tuple, eps: float, norm: bool, stats: Tensor | None, fp8: bool = False
+) -> tuple[Any, Any]:
     x, branch, gate, branch_weight, weight, scale, shift = inputs
     b, t, d = x.shape
     sets = scale.shape[:-3] if scale is not None else ()
     h = None if branch is None else x.new_empty(x.shape)
-    y = x.new_empty((*sets, b, t, d), dtype=product_dtype(x)) if norm else None
+    dtype = torch.float8_e4m3fn if fp8 else product_dtype(x)
+    y: Any = x.new_empty((*sets, b, t, d), dtype=dtype) if norm else None
+    y_scale = x.new_empty((*sets, b, t, 1), dtype=torch.float32) if fp8 else None
     block = next_power_of_2(d)
     with on(x):
         residual_norm_kernel[(b * t,)](
-            x, branch, gate, branch_weight, weight, scale, shift, h, y, stats,
+            x, branch, gate, branch_weight, weight, scale, shift, h, y, y_scale, stats,
             *_row_strides(x), *_row_strides(branch), vector_strides(gate)[1],
             *vector_strides(scale), *vector_strides(shift), x.numel(), t, eps,
             D=d, NUM_SETS=sets[0] if sets else 1, BLOCK_D=block, num_warps=warps_for(block, 16),
         )  # fmt: skip
-    return h, y
+    return h, y if y_scale is None else Quantized(y, y_scale)
 
 
 def _row_strides(x: Tensor | None) -> tuple[int, ...]:

@@ -26,7 +26,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Ops:
-    """The bound functions a model calls; semantics and argument names are those of `reference`."""
+    """The bound functions a model calls; semantics and argument names are those of `reference`.
+
+    Bound with fp8, the ops of `FP8_OPS` are those that end in `_fp8` there.
+    """
 
     norm_modulate: Callable
     gate_residual: Callable
@@ -85,6 +88,20 @@ def _triton(target: Target) -> str:
     return ""
 
 
+def _triton_fp8(target: Target) -> str:
+    reason = _triton(target)
+    if reason:
+        return reason
+    if target.dtype != torch.bfloat16:
+        return f"multiplies e4m3 into bfloat16, not into {target.dtype}"
+    if not torch.cuda.is_available():
+        return "needs a CUDA device that is here, to read its compute capability"
+    major, minor = torch.cuda.get_device_capability(target.device)
+    if (major, minor) < (8, 9):
+        return f"needs compute capability 8.9 for e4m3, not {major}.{minor}"
+    return ""
+
+
 def _native(target: Target) -> str:
     if target.device.type != "cpu":
         return "runs on a CPU only"
@@ -105,12 +122,26 @@ TRITON_OPS = {
     "gelu_tanh": "tdm_kernels.glu:gelu_tanh",
     "pack_linear": "tdm_kernels.linear:pack_linear",
 }
+# What stands in, with fp8, for the ops that feed a linear and for the linear.
+FP8_OPS = {
+    "norm_modulate": "tdm_kernels.norm:norm_modulate_fp8",
+    "gate_residual_norm": "tdm_kernels.norm:gate_residual_norm_fp8",
+    "swiglu": "tdm_kernels.fp8:swiglu_fp8",
+    "gelu_tanh": "tdm_kernels.fp8:gelu_tanh_fp8",
+    "pack_linear": "tdm_kernels.fp8:pack_linear_fp8",
+}
+FP8_NAMES = {op: f"{op}_fp8" for op in FP8_OPS}
 NATIVE_OPS = tuple(op for op in OP_NAMES if hasattr(native, op))
 IMPLS = (
     *(Impl(op, "triton", fn, _triton, grad=True) for op, fn in TRITON_OPS.items()),
     *(Impl(op, "native", getattr(native, op), _native, grad=True) for op in NATIVE_OPS),
     Impl("record", "native", "tdm_kernels.recording:record", _native, grad=True),
     *(Impl(op, "reference", getattr(reference, op), _always, grad=True) for op in OP_NAMES),
+    *(Impl(FP8_NAMES[op], "triton", fn, _triton_fp8, grad=False) for op, fn in FP8_OPS.items()),
+    *(
+        Impl(op, "reference", getattr(reference, op), _always, grad=False)
+        for op in FP8_NAMES.values()
+    ),
 )
 
 
@@ -120,32 +151,34 @@ def select(
     dtype: torch.dtype = torch.float32,
     head_dim: int = 64,
     grad: bool = True,
+    fp8: bool = False,
 ) -> Ops:
-    """Bind every op to an implementation.
+    """Bind every op to an implementation; with `fp8`, those of `FP8_OPS` to their e4m3 form.
 
     An explicit `backend` must be able to run every op it claims to: otherwise ValueError with every
     reason; ops it does not claim are the reference's. "auto" takes, per op, the first backend in
-    `BACKENDS` that can run.
+    `BACKENDS` that can run. No e4m3 form has a backward pass: `fp8` with `grad` raises ValueError.
     """
     target = Target(torch.device(device), dtype, head_dim, grad)
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use one of {('auto', *BACKENDS)}")
     chosen: dict[str, Impl] = {}
     refused: list[str] = []
-    for op in OP_NAMES:
+    names = {op: FP8_NAMES.get(op, op) if fp8 else op for op in OP_NAMES}
+    for op in names.values():
         for impl in _candidates(op, backend):
             reason = impl.reason_against(target)
             if not reason:
                 chosen[op] = impl
                 break
             refused.append(f"{op}: {impl.backend} {reason}")
-    missing = [op for op in OP_NAMES if op not in chosen]
+    missing = [op for op in names.values() if op not in chosen]
     if missing:
         raise ValueError(
             f"backend={backend!r} cannot run {missing} on {target}: {'; '.join(refused)}"
         )
     logger.debug("ops for %s: %s", target, {op: impl.backend for op, impl in chosen.items()})
-    return Ops(**{op: impl.bind() for op, impl in chosen.items()})
+    return Ops(**{op: chosen[name].bind() for op, name in names.items()})
 
 
 def explain(
@@ -158,7 +191,7 @@ def explain(
     target = Target(torch.device(device), dtype, head_dim, grad)
     return {
         op: {impl.backend: impl.reason_against(target) or "ok" for impl in _candidates(op, "auto")}
-        for op in OP_NAMES
+        for op in (*OP_NAMES, *FP8_NAMES.values())
     }
 
 

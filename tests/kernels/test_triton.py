@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[2]
 CHECKS = "tests/kernels/triton_checks.py"
 
 
-def run_checks(interpret: bool):
+def run_checks(interpret: bool, checks: str = CHECKS):
     """Run the checks in their own process: a kernel is decorated for the one or the other."""
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
-    result = subprocess.run([*command, CHECKS], cwd=ROOT, env=env, capture_output=True, text=True)
+    result = subprocess.run([*command, checks], cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 

@@ -1,0 +1,107 @@
+"""Rows in e4m3 with their scales, and the linear that reads them, whoever quantises and multiplies.
+
+Shapes: B batch, T tokens, D width, F output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Rows in e4m3, each with its scale: stands for values * scale.
+
+    values [..., D] float8_e4m3fn, contiguous; scale [..., 1] fp32. Has a shape, a length, and items
+    along the first axis, as a tensor has: both modulations of one norm unpack.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor it stands for."""
+        return self.values.shape
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Quantized:
+        return Quantized(self.values[index], self.scale[index])
+
+    def dequantize(self) -> Tensor:
+        """Return values * scale in fp32."""
+        return self.values.float() * self.scale
+
+
+class ScaledLinear:
+    """A linear over W in e4m3, quantised anew after an in-place update of any of `sources`.
+
+    `quantize` and `multiply` are a backend's quantize_rows and scaled_linear; `activate`, if given,
+    its gelu_tanh_fp8, applied to the result.
+    """
+
+    def __init__(
+        self,
+        weight_FD: Tensor,
+        bias_F: Tensor | None,
+        sources: Sequence[Tensor],
+        quantize: Callable[[Tensor], Quantized],
+        multiply: Callable[[Quantized, Quantized, Tensor | None], Tensor],
+        activate: Callable[[Tensor], Quantized] | None = None,
+    ) -> None:
+        self.weight, self.bias, self.sources = weight_FD, bias_F, tuple(sources)
+        self.quantize, self.multiply, self.activate = quantize, multiply, activate
+        self.version = self.current_version()
+        self.quantized = quantize(weight_FD)
+        check_product(self.quantized, self.quantized, bias_F)
+
+    def current_version(self) -> int:
+        """Return a number that every in-place update of a source raises."""
+        return sum(source._version for source in self.sources)
+
+    def update(self) -> None:
+        """Quantise the weight as it is now, in place: CUDA graphs have recorded the addresses."""
+        self.version = self.current_version()
+        fresh = self.quantize(self.weight)
+        self.quantized.values.copy_(fresh.values)
+        self.quantized.scale.copy_(fresh.scale)
+
+    def __call__(self, x: Tensor | Quantized, out: Tensor | None = None) -> Tensor | Quantized:
+        """Return bf16 [..., F] for x [..., D], in `out` if given; with `activate`, its e4m3 rows.
+
+        A CUDA graph replays without this: `update` before. Raises ValueError for `out` and
+        `activate` together, which nothing could hold.
+        """
+        if out is not None and self.activate is not None:
+            raise ValueError("out cannot receive activated rows: they leave in e4m3")
+        rows = x if isinstance(x, Quantized) else self.quantize(x)
+        y = self.multiply(rows, self.current(), self.bias)
+        if self.activate is not None:
+            return self.activate(y)
+        return y if out is None else out.copy_(y)
+
+    def current(self) -> Quantized:
+        """Return the weight as it is now."""
+        if torch.compiler.is_compiling():
+            # A trace sees no versions, and must not keep the weight of its first call.
+            return self.quantize(self.weight)
+        if self.version != self.current_version():
+            self.update()
+        return self.quantized
+
+
+def check_product(x: Quantized, weight_FD: Quantized, bias_F: Tensor | None) -> None:
+    """Raise ValueError for what `scaled_linear` cannot multiply."""
+    shape = tuple(weight_FD.shape)
+    if len(shape) != 2 or shape[0] % 16 or shape[1] % 16:
+        raise ValueError(f"weight must be [F, D], multiples of 16, not {list(shape)}")
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"x must have rows of {shape[1]}, not the shape {list(x.shape)}")
+    if bias_F is not None and bias_F.shape != shape[:1]:
+        raise ValueError(f"bias must be [{shape[0]}], not {list(bias_F.shape)}")
