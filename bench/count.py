@@ -197,7 +197,9 @@ def main(argv: list[str] | None = None) -> int:
     result = measure()
     for family, ways in result.items():
         for way, found in ways.items():
-            print(f"{family:7} {way:6} {found['launches']:5} launches {found['bytes'] / 1e9:7.2f} GB")
+            print(
+                f"{family:7} {way:6} {found['launches']:5} launches {found['bytes'] / 1e9:7.2f} GB"
+            )
     report(result, args.output)
     return 0
 

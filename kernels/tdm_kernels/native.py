@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -170,7 +169,9 @@ class _ResidualNorm(torch.autograd.Function):
         dshift = sums(scaled and shift is not None and needs[6], sets, b, 1, d)
         weights = (_float(gate), _float(branch_weight), _float(weight), _float(scale))
         sums_out = (dgate, dbranch_weight, dweight, dscale, dshift)
-        native_op("residual_norm_backward")(dh, dy, h, branch, *weights, stats, dx, dbranch, *sums_out)
+        native_op("residual_norm_backward")(
+            dh, dy, h, branch, *weights, stats, dx, dbranch, *sums_out
+        )
         return (
             dx, dbranch, vector_grad(dgate, gate), weight_grad(dbranch_weight, branch_weight),
             weight_grad(dweight, weight), vector_grad(dscale, scale), vector_grad(dshift, shift),

@@ -93,7 +93,8 @@ def _head_norm_backward(
 # T and `rows` change from call to call: specialising on them would compile the same code again.
 @triton.jit(do_not_specialize=["T", "tail"])
 def qk_norm_rope_kernel(
-    q_ptr, k_ptr, weight_q_ptr, weight_k_ptr, tail_q_ptr, tail_k_ptr, rope_ptr, out_q_ptr, out_k_ptr,
+    q_ptr, k_ptr, weight_q_ptr, weight_k_ptr, tail_q_ptr, tail_k_ptr, rope_ptr,
+    out_q_ptr, out_k_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, rope_batch, rope_row,
     T, tail, eps,
     N: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,

@@ -1,7 +1,8 @@
 """Generator, fake score, surrogate reward and their copies: models that share what they can.
 
 `full`: every role owns a copy of the transformer. `lora`: one frozen base, a named adapter each,
-but for those that `roles.full` names. Either way a role is a module whose forward is a velocity, and `tensors()` is what training changes.
+but for those that `roles.full` names. Either way a role is a module whose forward is a velocity,
+and `tensors()` is what training changes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recordings replay what the calls compute, follow their weights, and step aside where they must."""
+"""Recordings replay what the calls compute, follow their weights, and step aside elsewhere."""
 
 import copy
 
