@@ -104,6 +104,9 @@ def gate_residual_norm(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`reference.gate_residual_norm`: the residual row is normalised while it is in registers."""
+    if branch_BTD.ndim == 4:  # one after the other: in cache, a pass over a row costs little
+        (first, branch_BTD), (gate, gate_BTD) = branch_BTD, gate_BTD  # type: ignore[misc]
+        x_BTD = gate_residual(x_BTD, first, gate, eps=eps)
     x_BTD, branch_BTD = unit(x_BTD), unit(branch_BTD)
     inputs = (x_BTD, branch_BTD, gate_BTD, branch_weight_D, weight_D, scale_BTD, shift_BTD)
     return _run(inputs, eps, norm=True)

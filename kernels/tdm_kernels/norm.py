@@ -1,6 +1,6 @@
 """Norms, gates and residuals in Triton: one kernel forward, one backward, one pass each.
 
-Shapes: B batch, T tokens, D width, M modulations of one norm (1 or 2).
+Shapes: B batch, T tokens, D width, M modulations of one norm (1 or 2), or as many branches.
 
     h = x + gate * branch'      branch' = branch, or branch * rsqrt(mean branch^2 + eps) * weight
     y_m = norm(h) * scale_m + shift_m
@@ -32,7 +32,6 @@ from tdm_kernels.layout import (
     next_power_of_2,
     on,
     product_dtype,
-    rows_per_program,
     traced_as_reference,
     unit,
     vector_grad,
@@ -40,15 +39,10 @@ from tdm_kernels.layout import (
     warps_for,
     weight_grad,
 )
+from tdm_kernels.norm_backward import load_row, residual_norm_backward, row_strides
 from tdm_kernels.quantized import Quantized
 
 MAX_SETS = 2  # modulations of one norm: the kernels spell out their gradients
-
-
-@triton.jit
-def _row(ptr, d, mask):
-    """[BLOCK_D] fp32, zero beyond the row's end."""
-    return tl.load(ptr + d, mask=mask, other=0.0).to(tl.float32)
 
 
 # T and `rows` change from call to call: specialising on them would compile the same code again.
@@ -56,10 +50,10 @@ def _row(ptr, d, mask):
 def residual_norm_kernel(
     x_ptr, branch_ptr, gate_ptr, branch_weight_ptr, weight_ptr, scale_ptr, shift_ptr,
     h_ptr, y_ptr, y_scale_ptr, stats_ptr,
-    x_batch, x_row, branch_batch, branch_row, gate_batch,
+    x_batch, x_row, branch_set, branch_batch, branch_row, gate_set, gate_batch,
     scale_set, scale_batch, shift_set, shift_batch, y_set,
     T, eps,
-    D: tl.constexpr, NUM_SETS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, NUM_SETS: tl.constexpr, NUM_BRANCHES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per row. h and y are contiguous; stats is [B * T, 3]: mean, 1/sigma, 1/rms.
 
@@ -70,17 +64,20 @@ def residual_norm_kernel(
     row = row.to(tl.int64)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D], like every vector below
     mask = d < D
-    h = _row(x_ptr + b * x_batch + t * x_row, d, mask)
+    h = load_row(x_ptr + b * x_batch + t * x_row, d, mask)
     if branch_ptr is not None:
-        branch = _row(branch_ptr + b * branch_batch + t * branch_row, d, mask)
-        if branch_weight_ptr is not None:
-            rstd = tl.rsqrt(tl.sum(branch * branch) / D + eps)
-            branch = branch * rstd * _row(branch_weight_ptr, d, mask)
-            if stats_ptr is not None:
-                tl.store(stats_ptr + row * 3 + 2, rstd)
-        if gate_ptr is not None:
-            branch *= _row(gate_ptr + b * gate_batch, d, mask)
-        h += branch
+        for m in tl.static_range(NUM_BRANCHES):
+            branch = load_row(
+                branch_ptr + m * branch_set + b * branch_batch + t * branch_row, d, mask
+            )
+            if branch_weight_ptr is not None:
+                rstd = tl.rsqrt(tl.sum(branch * branch) / D + eps)
+                branch = branch * rstd * load_row(branch_weight_ptr, d, mask)
+                if stats_ptr is not None:
+                    tl.store(stats_ptr + row * 3 + 2, rstd)
+            if gate_ptr is not None:
+                branch *= load_row(gate_ptr + m * gate_set + b * gate_batch, d, mask)
+            h += branch
         tl.store(h_ptr + row * D + d, h, mask=mask)
         # The norm reads h as it is stored, so that the backward pass sees the same row.
         h = h.to(h_ptr.dtype.element_ty).to(tl.float32)
@@ -95,102 +92,18 @@ def residual_norm_kernel(
             tl.store(stats_ptr + row * 3 + 1, rstd)
         h *= rstd
         if weight_ptr is not None:
-            h *= _row(weight_ptr, d, mask)
+            h *= load_row(weight_ptr, d, mask)
         for m in tl.static_range(NUM_SETS):
             y = h
             if scale_ptr is not None:
-                y = h * _row(scale_ptr + m * scale_set + b * scale_batch, d, mask)
+                y = h * load_row(scale_ptr + m * scale_set + b * scale_batch, d, mask)
                 if shift_ptr is not None:
-                    y += _row(shift_ptr + m * shift_set + b * shift_batch, d, mask)
+                    y += load_row(shift_ptr + m * shift_set + b * shift_batch, d, mask)
             if y_scale_ptr is not None:
                 scale = row_scale(magnitude_bits(y))
                 y *= tl.div_rn(1.0, scale)
                 tl.store(y_scale_ptr + m * (y_set // D) + row, scale)
             tl.store(y_ptr + m * y_set + row * D + d, y, mask=mask)
-
-
-@triton.jit(do_not_specialize=["T", "rows"])
-def residual_norm_backward_kernel(
-    dh_ptr, dy_ptr, h_ptr, branch_ptr, gate_ptr, branch_weight_ptr, weight_ptr, scale_ptr,
-    stats_ptr, dx_ptr, dbranch_ptr, dgate_ptr, dbranch_weight_ptr, dweight_ptr, dscale_ptr,
-    dshift_ptr,
-    dh_batch, dh_row, dy_set, dy_batch, dy_row, h_batch, h_row, branch_batch, branch_row,
-    gate_batch, scale_set, scale_batch, sum_set,
-    T, rows,
-    D: tl.constexpr, NUM_SETS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Program (i, b) takes `rows` tokens of sample b and writes row (b, i) of each partial sum."""
-    start = tl.program_id(0) * rows
-    b = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)  # [BLOCK_D], like every vector below
-    mask = d < D
-    dgate = tl.zeros([BLOCK_D], tl.float32)
-    dbranch_weight, dweight, dscale, dshift = dgate, dgate, dgate, dgate
-    dscale_2, dshift_2 = dgate, dgate
-    for i in range(0, tl.minimum(rows, T - start)):
-        t = start.to(tl.int64) + i
-        stats = (b * T + t) * 3
-        if dy_ptr is not None:
-            n = _row(h_ptr + b * h_batch + t * h_row, d, mask)
-            if weight_ptr is None:
-                n = tl.where(mask, n - tl.load(stats_ptr + stats), 0.0)
-            rstd = tl.load(stats_ptr + stats + 1)
-            n *= rstd
-            g = _row(dy_ptr + b * dy_batch + t * dy_row, d, mask)
-            if scale_ptr is not None:
-                # Gradients of scale and gate lack their weight's factor until after the loop.
-                dscale += g * n
-                dshift += g
-                g *= _row(scale_ptr + b * scale_batch, d, mask)
-            if NUM_SETS == 2:
-                dy = _row(dy_ptr + dy_set + b * dy_batch + t * dy_row, d, mask)
-                dscale_2 += dy * n
-                dshift_2 += dy
-                g += dy * _row(scale_ptr + scale_set + b * scale_batch, d, mask)
-            if weight_ptr is None:
-                g -= tl.sum(g) / D
-            else:
-                dweight += g * n
-                g *= _row(weight_ptr, d, mask)
-            g = rstd * (g - n * (tl.sum(g * n) / D))
-            if dh_ptr is not None:
-                g += _row(dh_ptr + b * dh_batch + t * dh_row, d, mask)
-        else:
-            g = _row(dh_ptr + b * dh_batch + t * dh_row, d, mask)
-        if dx_ptr is not None:
-            tl.store(dx_ptr + (b * T + t) * D + d, g, mask=mask)
-        if branch_ptr is not None:
-            n = _row(branch_ptr + b * branch_batch + t * branch_row, d, mask)
-            if branch_weight_ptr is not None:
-                n *= tl.load(stats_ptr + stats + 2)
-            dgate += g * n
-        if gate_ptr is not None:
-            g *= _row(gate_ptr + b * gate_batch, d, mask)
-        if branch_weight_ptr is not None:
-            rstd = tl.load(stats_ptr + stats + 2)
-            dbranch_weight += g * n
-            g *= _row(branch_weight_ptr, d, mask)
-            g = rstd * (g - n * (tl.sum(g * n) / D))
-        if dbranch_ptr is not None:
-            tl.store(dbranch_ptr + (b * T + t) * D + d, g, mask=mask)
-    out = (b * tl.num_programs(0) + tl.program_id(0)) * D + d
-    if dgate_ptr is not None:
-        if branch_weight_ptr is not None:
-            dgate *= _row(branch_weight_ptr, d, mask)
-        tl.store(dgate_ptr + out, dgate, mask=mask)
-    if dbranch_weight_ptr is not None:
-        tl.store(dbranch_weight_ptr + out, dbranch_weight, mask=mask)
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + out, dweight, mask=mask)
-    if dscale_ptr is not None:
-        weight = _row(weight_ptr, d, mask) if weight_ptr is not None else 1.0
-        tl.store(dscale_ptr + out, dscale * weight, mask=mask)
-        if NUM_SETS == 2:
-            tl.store(dscale_ptr + sum_set + out, dscale_2 * weight, mask=mask)
-    if dshift_ptr is not None:
-        tl.store(dshift_ptr + out, dshift, mask=mask)
-        if NUM_SETS == 2:
-            tl.store(dshift_ptr + sum_set + out, dshift_2, mask=mask)
 
 
 @traced_as_reference
@@ -270,17 +183,29 @@ def gate_residual_norm_fp8(
 
 def _run(inputs: tuple, eps: float, *, norm: bool) -> tuple[Any, Any]:
     """(h, y); h is None without a branch, y without a norm."""
+    grad = torch.is_grad_enabled()
+    if grad and inputs[1] is not None and inputs[1].ndim == 4:
+        # Two branches are one pass only without gradients; with them, one after the other.
+        x, (first, branch), (gate, last), *rest = inputs
+        inputs = (gate_residual(x, first, gate, eps=eps), branch, last, *rest)
     inputs = _checked(*inputs)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if grad and any(t is not None and t.requires_grad for t in inputs):
         return _ResidualNorm.apply(*inputs, eps, norm)
     return _forward(inputs, eps, norm, None)
 
 
 def _checked(x, branch, gate, branch_weight, weight, scale, shift) -> tuple:
     check_rows("x", x)
+    num_branches = 1
     if branch is not None:
-        check_rows("branch", branch, like=x)
+        num_branches = 1 if branch.ndim == 3 else branch.shape[0]
+        for rows in (branch,) if branch.ndim == 3 else branch:
+            check_rows("branch", rows, like=x)
         branch = unit(branch)
+        if num_branches > 1:
+            fits = gate is not None and gate.ndim == 4 and len(gate) == num_branches <= MAX_SETS
+            if not fits or branch_weight is not None:
+                raise ValueError("two branches need two gates and take no weight")
     if scale is None:
         shift = None
     elif shift is not None and (shift.ndim, shift.shape[:-3]) != (scale.ndim, scale.shape[:-3]):
@@ -289,7 +214,7 @@ def _checked(x, branch, gate, branch_weight, weight, scale, shift) -> tuple:
         )
     d = x.shape[-1]
     return (
-        unit(x), branch, check_vectors("gate", gate, x, 1),
+        unit(x), branch, check_vectors("gate", gate, x, num_branches),
         check_weight("branch_weight", branch_weight, d), check_weight("weight", weight, d),
         check_vectors("scale", scale, x, MAX_SETS), check_vectors("shift", shift, x, MAX_SETS),
     )  # fmt: skip
@@ -301,6 +226,7 @@ def _forward(
     x, branch, gate, branch_weight, weight, scale, shift = inputs
     b, t, d = x.shape
     sets = scale.shape[:-3] if scale is not None else ()
+    several = branch is not None and branch.ndim == 4
     h = None if branch is None else x.new_empty(x.shape)
     dtype = torch.float8_e4m3fn if fp8 else product_dtype(x)
     y: Any = x.new_empty((*sets, b, t, d), dtype=dtype) if norm else None
@@ -309,16 +235,13 @@ def _forward(
     with on(x):
         residual_norm_kernel[(b * t,)](
             x, branch, gate, branch_weight, weight, scale, shift, h, y, y_scale, stats,
-            *_row_strides(x), *_row_strides(branch), vector_strides(gate)[1],
-            *vector_strides(scale), *vector_strides(shift), x.numel(), t, eps,
-            D=d, NUM_SETS=sets[0] if sets else 1, BLOCK_D=block, num_warps=warps_for(block, 16),
+            *row_strides(x), branch.stride(0) if several else 0, *row_strides(branch),
+            *vector_strides(gate), *vector_strides(scale), *vector_strides(shift),
+            x.numel(), t, eps,
+            D=d, NUM_SETS=sets[0] if sets else 1, NUM_BRANCHES=len(branch) if several else 1,
+            BLOCK_D=block, num_warps=warps_for(block, 16),
         )  # fmt: skip
     return h, y if y_scale is None else Quantized(y, y_scale)
-
-
-def _row_strides(x: Tensor | None) -> tuple[int, ...]:
-    """Strides over B and T."""
-    return (0, 0) if x is None else x.stride()[-3:-1]
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -347,49 +270,10 @@ class _ResidualNorm(torch.autograd.Function):
         if dh is None and dy is None:
             return (None,) * 9
         gate, branch_weight, weight, scale, shift = ctx.saved_tensors[2:7]
-        grads = _backward(ctx, dh, dy)
+        grads = residual_norm_backward(ctx, dh, dy)
         return (
             grads["dx"], grads["dbranch"], vector_grad(grads["dgate"], gate),
             weight_grad(grads["dbranch_weight"], branch_weight),
             weight_grad(grads["dweight"], weight), vector_grad(grads["dscale"], scale),
             vector_grad(grads["dshift"], shift), None, None,
         )  # fmt: skip
-
-
-def _backward(ctx: Any, dh: Tensor | None, dy: Tensor | None) -> dict[str, Tensor | None]:
-    """Gradients of the rows, and partial sums [M, B, num_blocks, D] of the vectors' gradients."""
-    h, branch, gate, branch_weight, weight, scale, shift, stats = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    dh, dy = (None if g is None else unit(g) for g in (dh, dy))
-    like = dh if dh is not None else h
-    b, t, d = like.shape
-    with_norm, block = dy is not None, next_power_of_2(d)
-    sets = scale.shape[0] if with_norm and scale is not None and scale.ndim == 4 else 1
-    wanted = {
-        "dgate": (1, gate is not None and needs[2]),
-        "dbranch_weight": (1, branch_weight is not None and needs[3]),
-        "dweight": (1, with_norm and weight is not None and needs[4]),
-        "dscale": (sets, with_norm and scale is not None and needs[5]),
-        "dshift": (sets, with_norm and shift is not None and needs[6]),
-    }
-    rows = rows_per_program(t, any(want for _, want in wanted.values()))
-    num_blocks = -(-t // rows)
-    sums = {
-        name: like.new_empty((m, b, num_blocks, d), dtype=torch.float32) if want else None
-        for name, (m, want) in wanted.items()
-    }
-    # Without a norm the gradient of x is that of h as it came.
-    dx = like.new_empty(like.shape) if with_norm and needs[0] else None
-    dbranch = None
-    if ctx.branch_dtype is not None and needs[1]:
-        dbranch = like.new_empty(like.shape, dtype=ctx.branch_dtype)
-    with on(like):
-        residual_norm_backward_kernel[(num_blocks, b)](
-            dh, dy, h, branch, gate, branch_weight, weight if with_norm else None,
-            scale if with_norm else None, stats, dx, dbranch, *sums.values(),
-            *_row_strides(dh), 0 if dy is None else dy.stride(0), *_row_strides(dy),
-            *_row_strides(h), *_row_strides(branch), vector_strides(gate)[1],
-            *vector_strides(scale), b * num_blocks * d, t, rows,
-            D=d, NUM_SETS=sets, BLOCK_D=block, num_warps=warps_for(block, 8),
-        )  # fmt: skip
-    return {"dx": dx if with_norm else dh, "dbranch": dbranch, **sums}

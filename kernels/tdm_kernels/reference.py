@@ -72,8 +72,14 @@ def gate_residual(
     branch_weight_D: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Return x + gate * branch, the branch RMS-normalised first if `branch_weight_D` is given."""
+    """Return x + gate * branch, the branch RMS-normalised first if `branch_weight_D` is given.
+
+    Of several branches [M, B, T, D] with gates [M, B, 1, D] all are added; they take no weight.
+    """
     branch_BTD = branch_BTD.float()
+    if branch_BTD.ndim == 4:
+        assert gate_BTD is not None and branch_weight_D is None
+        return (x_BTD.float() + (gate_BTD.float() * branch_BTD).sum(dim=0)).to(x_BTD.dtype)
     if branch_weight_D is not None:
         branch_BTD = _norm(branch_BTD, branch_weight_D, eps)
     if gate_BTD is None:

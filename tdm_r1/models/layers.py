@@ -37,19 +37,21 @@ def check_latent_size(height: int, width: int, patch: int, max_tokens: Sequence[
             raise ConfigError(f"latent {name}={size} exceeds this model's maximum {limit * patch}")
 
 
-def patchify(x_BChw: Tensor, patch: int, *, channels_last: bool) -> Tensor:
+def patchify(x_BChw: Tensor, patch: int, dtype: torch.dtype, *, channels_last: bool) -> Tensor:
     """Cut latents into row-major patches [B, n, C p p], or [B, n, p p C] if `channels_last`."""
     b, c, height, width = x_BChw.shape
     x = x_BChw.reshape(b, c, height // patch, patch, width // patch, patch)
-    order = (0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5)
-    return x.permute(order).reshape(b, -1, c * patch * patch)
+    x = x.permute((0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5))
+    # Cast and layout in one pass.
+    return x.to(dtype, memory_format=torch.contiguous_format).reshape(b, -1, c * patch * patch)
 
 
 def unpatchify(x_Bnf: Tensor, height: int, width: int, patch: int) -> Tensor:
-    """Inverse of `patchify(..., channels_last=True)`: [B, n, p p C] -> [B, C, height, width]."""
+    """Inverse of `patchify(..., channels_last=True)`: [B, n, p p C] -> fp32 [B, C, h, w]."""
     b = x_Bnf.shape[0]
     x = x_Bnf.reshape(b, height // patch, width // patch, patch, patch, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, height, width)
+    x = x.permute(0, 5, 1, 3, 2, 4).to(torch.float32, memory_format=torch.contiguous_format)
+    return x.reshape(b, -1, height, width)
 
 
 def join_linears(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
@@ -104,9 +106,12 @@ class Packable(nn.Module):
         return None if torch.is_grad_enabled() else self.packed.get(group)
 
     def linear(self, group: str, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Apply a group of a single linear; `out`, if given, is where the packed one writes."""
+        """Apply a group of a single linear; `out`, for inference, receives the result."""
         packed = self.joint(group)
-        return self.siblings(group)[0](x) if packed is None else packed(x, out)
+        if packed is not None:
+            return packed(x, out)
+        y = self.siblings(group)[0](x)
+        return y if out is None else out.copy_(y)
 
     def pack(self, ops: Ops) -> None:
         """Pack every group whose members are all plain linears (a LoRA wrapper is none)."""

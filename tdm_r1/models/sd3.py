@@ -200,10 +200,10 @@ class SD3Transformer(Transformer):
         """
         p = self.config.patch_size
         b, _, height, width = x_BChw.shape
-        patches = patchify(x_BChw.to(self.dtype), p, channels_last=False)
+        patches = patchify(x_BChw, p, self.dtype, channels_last=False)
         h_BnD = F.linear(patches, self.pos_embed.weight) + context.position_1nD
         out_Bnf = self.run("blocks", h_BnD, context.tokens_BTD.expand(b, -1, -1), mod_MB1D)
-        return unpatchify(out_Bnf, height, width, p).float()
+        return unpatchify(out_Bnf, height, width, p)
 
     def blocks(self, h_BnD: Tensor, c_BTD: Tensor, mod_MB1D: Tensor) -> Tensor:
         """Return the patches of v [B, n, p p C] for embedded patches and text."""

@@ -197,5 +197,10 @@ class JointBlock(nn.Module):
         if self.attn2 is None:
             o, oc = self.attn(y, yc_BTD, ops)
             return o, mod_MB1D[2], oc
-        o, oc = self.attn(y[0], yc_BTD, ops)
-        return [o, self.attn2.attend(y[1], ops)], [mod_MB1D[2], mod_MB1D[8]], oc
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            o, oc = self.attn(y[0], yc_BTD, ops)
+            return [o, self.attn2.attend(y[1], ops)], [mod_MB1D[2], mod_MB1D[8]], oc
+        both = torch.empty_like(y)
+        _, oc = self.attn(y[0], yc_BTD, ops, both[0])
+        self.attn2.attend(y[1], ops, out=both[1])
+        return both, mod_MB1D[2:9:6], oc

@@ -333,7 +333,7 @@ class ZImageTransformer(Transformer):
         """
         config, ops = self.config, self.ops
         b, _, height, width = x_BChw.shape
-        patches = patchify(x_BChw.to(self.dtype), config.patch_size, channels_last=True)
+        patches = patchify(x_BChw, config.patch_size, self.dtype, channels_last=True)
         h = self.all_x_embedder[config.patch_key](patches).to(self.dtype)
         num_image = h.shape[1]
         if context.num_image_pads:
@@ -346,7 +346,7 @@ class ZImageTransformer(Transformer):
         h = self.run("join", h, rope, mod_MB1D[:-1], lengths_B, num_image)
         y = ops.norm_modulate(h, mod_MB1D[-1], eps=FINAL_EPS)
         out = self.all_final_layer[config.patch_key].linear(y)
-        return -unpatchify(out, height, width, config.patch_size).float()
+        return -unpatchify(out, height, width, config.patch_size)
 
     def refine(self, h_BID: Tensor, rope_BINH: Tensor, mod_MB1D: Tensor) -> Tensor:
         """Return the image rows after the refiner's blocks."""

@@ -56,6 +56,8 @@ def test_gate_residual_and_norm(b, t, d, dtype, weighted):
         native, "gate_residual_norm", (x, branch, gate, scale, shift), {**branch_weight, **weight}
     )
     compare(native, "gate_residual_norm", (x, branch, None, scale), {**branch_weight, **weight})
+    branches, gates = randn(2, b, t, d, seed=8, dtype=dtype), randn(2, b, 1, d, seed=9)
+    compare(native, "gate_residual_norm", (x, branches, gates, scale, shift), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -270,3 +270,10 @@ def test_pack_linear_activates_and_writes_where_it_is_told(module, batch, gelu):
     assert found.data_ptr() == rows[:, 2:7].data_ptr()
     torch.testing.assert_close(rows[:, 2:7], expected)
     assert rows[:, :2].isnan().all() and rows[:, 7:].isnan().all()
+
+
+def test_two_branches_join_a_stream():
+    x, branches = torch.randn(2, 5, 8), torch.randn(2, 2, 5, 8)
+    gates = torch.randn(2, 2, 1, 8)
+    found = reference.gate_residual(x, branches, gates)
+    torch.testing.assert_close(found, x + gates[0] * branches[0] + gates[1] * branches[1])

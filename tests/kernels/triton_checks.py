@@ -101,6 +101,19 @@ def test_gradients_of_one_output_and_of_frozen_vectors():
                 torch.testing.assert_close(found, like, rtol=1e-4, atol=1e-5)
 
 
+def test_two_branches_join_a_stream():
+    x, branches = randn(2, 5, 40, seed=1, dtype=HALF), randn(2, 2, 5, 40, seed=2, dtype=HALF)
+    table = randn(9, 2, 1, 40, seed=3)
+    args = (x, branches, table[2:9:6], table[1], table[0])
+    with torch.no_grad():
+        found, like = (m.gate_residual_norm(*args) for m in (norm, reference))
+    for a, b in zip(found, like, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+    compare(norm, "gate_residual_norm", (x.float(), branches.float(), *args[2:]), {})
+    with pytest.raises(ValueError, match="two gates"):
+        norm.gate_residual_norm(x, branches, table[2])
+
+
 def test_a_half_precision_branch_joins_an_fp32_stream():
     x = randn(2, 3, 40, seed=1)
     branch, gate = randn(2, 3, 40, seed=2, dtype=HALF), randn(1, 1, 40, seed=3, dtype=HALF)
