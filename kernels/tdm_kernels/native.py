@@ -1,4 +1,7 @@
-"""The ops in C++ (csrc/), for CPUs: one pass over memory each, fp32 inside, with backward passes.
+"""The ops in C++ (csrc/): one pass over memory each, fp32 inside.
+
+On a CPU all of them, with backward passes. On a CUDA device norms, gates and q and k, forward only,
+in one launch each: for deployments without Triton.
 
 Same functions as `reference`, for the layouts the models use: x [B, T, D], modulation
 [B or 1, 1, D] or, for several modulations of one norm, [M, B or 1, 1, D]. Under autocast an op
@@ -111,21 +114,23 @@ def gate_residual_norm(
 
 def _run(inputs: tuple, eps: float, *, norm: bool) -> tuple[Any, Any]:
     """(h, y); h is None without a branch, y without a norm."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if _wants_grad(*inputs):
         return _ResidualNorm.apply(*inputs, eps, norm)
     return _forward(inputs, eps, norm, None)
 
 
 def _forward(inputs: tuple, eps: float, norm: bool, stats: Tensor | None) -> tuple[Any, Any]:
     x, branch, gate, branch_weight, weight, scale, shift = inputs
-    scale, shift = _float(scale), (None if scale is None else _float(shift))
+    shift = None if scale is None else shift
     h = None if branch is None else x.new_empty(x.shape)
     y = None
     if norm:
         shape = x.shape if scale is None or scale.ndim == 3 else (scale.shape[0], *x.shape)
         y = x.new_empty(shape, dtype=product_dtype(x))
-    weights = (_float(branch_weight), _float(weight))
-    _op("residual_norm")(x, branch, _float(gate), *weights, scale, shift, eps, h, y, stats)
+    vectors = [gate, branch_weight, weight, scale, shift]
+    if not x.is_cuda:  # those kernels read any type: a cast would be a launch of its own
+        vectors = [_float(vector) for vector in vectors]
+    _op("residual_norm")(x, branch, *vectors, eps, h, y, stats)
     return h, y
 
 
@@ -188,16 +193,35 @@ def qk_norm_rope(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`reference.qk_norm_rope`: norm and rotation of a head in one pass."""
+    if q_BTNH.is_cuda:
+        return _cuda_heads(q_BTNH, k_BTNH, weight_q_H, weight_k_H, rope_BTNH, eps)
     q = _head_norm(q_BTNH, weight_q_H, rope_BTNH, eps)
     return q, _head_norm(k_BTNH, weight_k_H, rope_BTNH, eps)
+
+
+def _cuda_heads(q, k, weight_q, weight_k, rope, eps: float) -> tuple[Tensor, Tensor]:
+    """q and k in one launch, unless one has nothing to do or another number of tokens."""
+    if _wants_grad(q, k, weight_q, weight_k):
+        raise RuntimeError("the CUDA kernels have no backward pass")
+    idle = [weight is None and rope is None for weight in (weight_q, weight_k)]
+    if not any(idle) and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]:
+        return _head_norms(q, k, weight_q, weight_k, rope, eps)
+    out_q = q if idle[0] else _head_norms(q, None, weight_q, None, rope, eps)[0]
+    return out_q, k if idle[1] else _head_norms(k, None, weight_k, None, rope, eps)[0]
+
+
+def _head_norms(q, k, weight_q, weight_k, rope, eps: float) -> tuple[Tensor, Any]:
+    out_q, out_k = q.new_empty(q.shape), None if k is None else k.new_empty(k.shape)
+    k = None if k is None else unit(k)
+    _op("head_norms")(unit(q), k, weight_q, weight_k, rope, eps, out_q, out_k)
+    return out_q, out_k
 
 
 def _head_norm(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float) -> Tensor:
     if weight is None and rope is None:
         return x
     x = unit(x)
-    needs_grad = x.requires_grad or (weight is not None and weight.requires_grad)
-    if torch.is_grad_enabled() and needs_grad:
+    if _wants_grad(x, weight):
         return _HeadNorm.apply(x, weight, rope, eps)
     return _head_norm_forward(x, weight, rope, eps)
 
@@ -334,6 +358,10 @@ class PanelLinear:
         out = rows.new_empty((len(rows), width))
         _op("linear")(unit(rows), self.panels, self.bias, width, out)
         return out.view(*x.shape[:-1], width)
+
+
+def _wants_grad(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def _float(x: Tensor | None) -> Tensor | None:
