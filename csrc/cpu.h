@@ -4,26 +4,9 @@
 // Legend: B batch, T tokens, D width, N heads, H head width, M modulations of one norm.
 #pragma once
 
-#include <cstdint>
+#include "rows.h"
 
 namespace tdm {
-
-enum class Type : int { f32, bf16 };
-
-// [B, T, D] with unit stride along D; strides in elements. `data` null: the tensor is absent.
-struct Rows {
-  void* data = nullptr;
-  Type type = Type::f32;
-  int64_t batch = 0;
-  int64_t row = 0;
-};
-
-// [M, B or 1, 1, D] fp32 with unit stride along D; strides in elements, 0 where shared.
-struct Vectors {
-  float* data = nullptr;
-  int64_t set = 0;
-  int64_t batch = 0;
-};
 
 // h = x + gate * [rms(branch) * branch_weight];  y_m = norm(h) * scale_m + shift_m.
 // Without `branch`, h = x. norm is RMSNorm with `weight`, LayerNorm without. `stats` is fp32

@@ -80,7 +80,9 @@ inline T* at(const Rows& rows, int64_t b, int64_t t) {
   return static_cast<T*>(rows.data) + b * rows.batch + t * rows.row;
 }
 
-inline float* at(const Vectors& v, int64_t m, int64_t b) { return v.data + m * v.set + b * v.batch; }
+inline float* at(const Vectors& v, int64_t m, int64_t b) {
+  return static_cast<float*>(v.data) + m * v.set + b * v.batch;
+}
 
 template <class T>
 inline void widen(float* __restrict out, const T* __restrict in, int64_t n) {

@@ -83,16 +83,6 @@ ResidualNorm describe(const Tensor& x, const Optional& y, const Optional& branch
   return p;
 }
 
-Rows slabs_of(const Optional& y, const char* name, const ResidualNorm& p, int64_t& set) {
-  if (!y) return {};
-  if (y->dim() == 3) return rows_of(*y, name, p.B, p.T, p.D);
-  STD_TORCH_CHECK(y->dim() == 4 && y->size(0) == p.M && y->size(1) == p.B && y->size(2) == p.T &&
-                      y->size(3) == p.D && y->stride(3) == 1,
-                  name, " must be [", p.M, ", ", p.B, ", ", p.T, ", ", p.D, "]");
-  set = y->stride(0);
-  return {y->data_ptr(), type_of(*y, name), y->stride(1), y->stride(2)};
-}
-
 void residual_norm(Tensor x, Optional branch, Optional gate, Optional branch_weight,
                    Optional weight, Optional scale, Optional shift, double eps, Optional h,
                    Optional y, Optional stats) {
@@ -100,7 +90,7 @@ void residual_norm(Tensor x, Optional branch, Optional gate, Optional branch_wei
   p.x = rows_of(x, "x", p.B, p.T, p.D);
   p.h = rows_of(h, "h", p.B, p.T, p.D);
   STD_TORCH_CHECK(!branch == !h, "a branch needs h, and h a branch");
-  p.y = slabs_of(y, "y", p, p.y_set);
+  p.y = slabs_of(y, "y", p.M, p.B, p.T, p.D, p.y_set);
   p.shift = vectors_of(shift, "shift", p.M, p.B, p.D);
   p.stats = floats_of(stats, "stats", p.B * p.T * 3);
   run(kernels().residual_norm, p, p.B * p.T, p.D);
@@ -114,7 +104,7 @@ void residual_norm_backward(Optional dh, Optional dy, Tensor h, Optional branch,
   STD_TORCH_CHECK(dh || dy, "one of dh and dy is needed");
   p.h = rows_of(h, "h", p.B, p.T, p.D);
   p.dh = rows_of(dh, "dh", p.B, p.T, p.D);
-  p.dy = slabs_of(dy, "dy", p, p.dy_set);
+  p.dy = slabs_of(dy, "dy", p.M, p.B, p.T, p.D, p.dy_set);
   p.dx = rows_of(dx, "dx", p.B, p.T, p.D);
   p.dbranch = rows_of(dbranch, "dbranch", p.B, p.T, p.D);
   p.stats = floats_of(stats, "stats", p.B * p.T * 3);
@@ -124,17 +114,6 @@ void residual_norm_backward(Optional dh, Optional dy, Tensor h, Optional branch,
   p.dscale = sums_of(dscale, "dscale", p.M * p.B * p.D);
   p.dshift = sums_of(dshift, "dshift", p.M * p.B * p.D);
   run(kernels().residual_norm_backward, p, p.B, p.T * p.D);
-}
-
-// A [B, T, N, H] tensor with unit stride along H: rows over B and T, and a stride over heads.
-Rows heads_of(const Tensor& x, const char* name, int64_t B, int64_t T, int64_t N, int64_t H,
-              int64_t& stride) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == B && x.size(1) == T && x.size(2) == N &&
-                      x.size(3) == H,
-                  name, " must be [", B, ", ", T, ", ", N, ", ", H, "]");
-  STD_TORCH_CHECK(x.stride(3) == 1 || H == 1, name, " must have unit stride along its last axis");
-  stride = x.stride(2);
-  return {x.data_ptr(), type_of(x, name), x.stride(0), x.stride(1)};
 }
 
 Rows rows_from(Rows rows, int64_t first) {
@@ -150,16 +129,10 @@ HeadNorm describe(const Tensor& x, const Optional& weight, const Optional& rope,
   p.eps = float(eps);
   p.x = heads_of(x, "x", p.B, p.T, p.N, p.H, p.x_head);
   p.weight = floats_of(weight, "weight", p.H);
-  if (rope) {
-    STD_TORCH_CHECK(rope->dim() == 4 && (rope->size(0) == p.B || rope->size(0) == 1) &&
-                        rope->size(1) == p.T && rope->size(2) == 1 && rope->size(3) == p.H &&
-                        rope->stride(3) == 1 && p.H % 2 == 0 &&
-                        rope->scalar_type() == ScalarType::Float,
-                    "rope must be float32 [", p.B, " or 1, ", p.T, ", 1, ", p.H, "]");
-    p.rope = static_cast<const float*>(rope->data_ptr());
-    p.rope_batch = rope->size(0) == 1 ? 0 : rope->stride(0);
-    p.rope_row = rope->stride(1);
-  }
+  const Rows table = rope_of(rope, p.B, p.T, p.H);
+  p.rope = static_cast<const float*>(table.data);
+  p.rope_batch = table.batch;
+  p.rope_row = table.row;
   return p;
 }
 

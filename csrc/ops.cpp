@@ -20,6 +20,9 @@ STABLE_TORCH_LIBRARY(tdm_kernels, m) {
   m.def(
       "head_norm_backward(Tensor dout, Tensor x, Tensor? weight, Tensor? rope, float eps, "
       "Tensor(a!) dx, Tensor(b!)? dweight) -> ()");
+  m.def(
+      "head_norms(Tensor q, Tensor? k, Tensor? weight_q, Tensor? weight_k, Tensor? rope, "
+      "float eps, Tensor(a!) out_q, Tensor(b!)? out_k) -> ()");
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
   m.def("gelu_backward(Tensor dy, Tensor x, Tensor(a!) dx) -> ()");
   m.def("swiglu(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
@@ -34,4 +37,5 @@ STABLE_TORCH_LIBRARY(tdm_kernels, m) {
   m.def("forget(int program) -> ()");
   m.def("instruction_set() -> str");
   m.def("use_instruction_set(str name) -> ()");
+  m.def("cuda_architectures() -> str");
 }

@@ -1,4 +1,7 @@
-"""The ops in C++ (csrc/), for CPUs: one pass over memory each, fp32 inside, with backward passes.
+"""The ops in C++ (csrc/): one pass over memory each, fp32 inside.
+
+On a CPU all of them, with backward passes. On a CUDA device norms, gates and q and k, forward only,
+in one launch each: for deployments without Triton.
 
 Same functions as `reference`, for the layouts the models use: x [B, T, D], modulation
 [B or 1, 1, D] or, for several modulations of one norm, [M, B or 1, 1, D]. Under autocast an op
@@ -114,21 +117,23 @@ def gate_residual_norm(
 
 def _run(inputs: tuple, eps: float, *, norm: bool) -> tuple[Any, Any]:
     """(h, y); h is None without a branch, y without a norm."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if wants_grad(*inputs):
         return _ResidualNorm.apply(*inputs, eps, norm)
     return _forward(inputs, eps, norm, None)
 
 
 def _forward(inputs: tuple, eps: float, norm: bool, stats: Tensor | None) -> tuple[Any, Any]:
     x, branch, gate, branch_weight, weight, scale, shift = inputs
-    scale, shift = _float(scale), (None if scale is None else _float(shift))
+    shift = None if scale is None else shift
     h = None if branch is None else x.new_empty(x.shape)
     y = None
     if norm:
         shape = x.shape if scale is None or scale.ndim == 3 else (scale.shape[0], *x.shape)
         y = x.new_empty(shape, dtype=product_dtype(x))
-    weights = (_float(branch_weight), _float(weight))
-    native_op("residual_norm")(x, branch, _float(gate), *weights, scale, shift, eps, h, y, stats)
+    vectors = [gate, branch_weight, weight, scale, shift]
+    if not x.is_cuda:  # those kernels read any type: a cast would be a launch of its own
+        vectors = [_float(vector) for vector in vectors]
+    native_op("residual_norm")(x, branch, *vectors, eps, h, y, stats)
     return h, y
 
 
@@ -214,8 +219,7 @@ def _head_norm(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float
     if weight is None and rope is None:
         return x
     x = unit(x)
-    needs_grad = x.requires_grad or (weight is not None and weight.requires_grad)
-    if torch.is_grad_enabled() and needs_grad:
+    if wants_grad(x, weight):
         return _HeadNorm.apply(x, weight, rope, eps)
     return _head_norm_forward(x, weight, rope, eps)
 
@@ -364,6 +368,11 @@ class PanelLinear:
             return out
         y = to.view(*x.shape[:-1], width)
         return y if out is None else out.copy_(y)
+
+
+def wants_grad(*inputs: Tensor | None) -> bool:
+    """Return whether autograd will ask for the gradient of any of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def _float(x: Tensor | None) -> Tensor | None:

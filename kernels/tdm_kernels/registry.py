@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from tdm_kernels import native, reference
+from tdm_kernels import native, native_cuda, reference
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class Impl:
 
     `fn` is the function, or "module:function" where importing the module needs an optional package.
     `check` returns "" where the implementation can run and the reason where it cannot. `grad` says
-    whether it has a backward pass; one without is never selected for training.
+    whether it has a backward pass; one without is never selected for training. `device` is the kind
+    the implementation is written for, "" for any: what a backend claims differs between devices.
     """
 
     op: str
@@ -57,6 +58,7 @@ class Impl:
     fn: Callable | str
     check: Callable[[Target], str]
     grad: bool
+    device: str = ""
 
     def reason_against(self, target: Target) -> str:
         """Return why this implementation cannot serve `target`, or ""."""
@@ -110,6 +112,14 @@ def _native(target: Target) -> str:
     return native.load()
 
 
+def _native_cuda(target: Target) -> str:
+    if target.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"reads float32, bfloat16 and float16, not {target.dtype}"
+    if target.head_dim > native_cuda.MAX_HEAD:
+        return f"reads heads of at most {native_cuda.MAX_HEAD}, not {target.head_dim}"
+    return native_cuda.load(target.device)
+
+
 OP_NAMES = tuple(field.name for field in fields(Ops))
 # Fastest first: "auto" takes the first backend whose check passes, op by op.
 BACKENDS = ("triton", "native", "reference")
@@ -134,8 +144,14 @@ FP8_NAMES = {op: f"{op}_fp8" for op in FP8_OPS}
 NATIVE_OPS = tuple(op for op in OP_NAMES if hasattr(native, op))
 IMPLS = (
     *(Impl(op, "triton", fn, _triton, grad=True) for op, fn in TRITON_OPS.items()),
-    *(Impl(op, "native", getattr(native, op), _native, grad=True) for op in NATIVE_OPS),
-    Impl("record", "native", "tdm_kernels.recording:record", _native, grad=True),
+    *(Impl(op, "native", getattr(native, op), _native, True, "cpu") for op in NATIVE_OPS),
+    Impl("record", "native", "tdm_kernels.recording:record", _native, True, "cpu"),
+    *(
+        Impl(
+            op, "native", getattr(native_cuda, op, getattr(native, op)), _native_cuda, False, "cuda"
+        )
+        for op in native_cuda.OPS
+    ),
     *(Impl(op, "reference", getattr(reference, op), _always, grad=True) for op in OP_NAMES),
     *(Impl(FP8_NAMES[op], "triton", fn, _triton_fp8, grad=False) for op, fn in FP8_OPS.items()),
     *(
@@ -156,8 +172,9 @@ def select(
     """Bind every op to an implementation; with `fp8`, those of `FP8_OPS` to their e4m3 form.
 
     An explicit `backend` must be able to run every op it claims to: otherwise ValueError with every
-    reason; ops it does not claim are the reference's. "auto" takes, per op, the first backend in
-    `BACKENDS` that can run. No e4m3 form has a backward pass: `fp8` with `grad` raises ValueError.
+    reason; ops it does not claim on this kind of device are the reference's. "auto" takes, per op,
+    the first backend in `BACKENDS` that can run. No e4m3 form has a backward pass: `fp8` with
+    `grad` raises ValueError.
     """
     target = Target(torch.device(device), dtype, head_dim, grad)
     if backend != "auto" and backend not in BACKENDS:
@@ -166,7 +183,7 @@ def select(
     refused: list[str] = []
     names = {op: FP8_NAMES.get(op, op) if fp8 else op for op in OP_NAMES}
     for op in names.values():
-        for impl in _candidates(op, backend):
+        for impl in _candidates(op, backend, target):
             reason = impl.reason_against(target)
             if not reason:
                 chosen[op] = impl
@@ -190,17 +207,24 @@ def explain(
     """Return op -> backend -> "ok" or the reason it cannot run."""
     target = Target(torch.device(device), dtype, head_dim, grad)
     return {
-        op: {impl.backend: impl.reason_against(target) or "ok" for impl in _candidates(op, "auto")}
+        op: {
+            impl.backend: impl.reason_against(target) or "ok"
+            for impl in _candidates(op, "auto", target)
+        }
         for op in (*OP_NAMES, *FP8_NAMES.values())
     }
 
 
-def _candidates(op: str, backend: str) -> list[Impl]:
-    """Implementations of `op` that `backend` allows, fastest first."""
-    found = [
-        impl
-        for name in BACKENDS
-        for impl in IMPLS
-        if impl.op == op and impl.backend == name and backend in ("auto", name)
-    ]
+def _candidates(op: str, backend: str, target: Target) -> list[Impl]:
+    """Implementations of `op` that `backend` allows, fastest first, at most one of each backend.
+
+    One that is written for another kind of device stands in for a missing one, to say why not,
+    unless `backend` has other ops for this kind: then it does not claim this one here.
+    """
+    kind, found = target.device.type, []
+    claims = any(impl.backend == backend and impl.device == kind for impl in IMPLS)
+    for name in BACKENDS if backend == "auto" else (backend,):
+        impls = [impl for impl in IMPLS if impl.op == op and impl.backend == name]
+        here = [impl for impl in impls if impl.device in ("", kind)]
+        found += here or ([] if claims else impls[:1])
     return found or [impl for impl in IMPLS if impl.op == op and impl.backend == "reference"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -27,20 +27,24 @@ def assert_as_good(found, like, exact):
     assert error <= allowed, (error, allowed, size)
 
 
-def compare(module: ModuleType, op, inputs, options):
+def compare(module: ModuleType | SimpleNamespace, op, inputs, options, grad=True):
     """Values and gradients: `module` and reference in the inputs' dtypes, and the truth in fp64."""
-    results = [run(fast, op, inputs, options) for fast in (module, reference)]
+    results = [run(fast, op, inputs, options, grad) for fast in (module, reference)]
     with pytest.MonkeyPatch.context() as patch:  # the reference computes in fp32: lift that
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         inputs = [None if t is None else t.double() for t in inputs]
         options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-        results.append(run(reference, op, inputs, options))
+        results.append(run(reference, op, inputs, options, grad))
     for triple in zip(*results, strict=True):
         assert_as_good(*triple)
 
 
-def run(module, op, inputs, options):
+def run(module, op, inputs, options, grad=True):
     """Outputs of an op, then the gradients of every tensor given to it but the rotary table."""
+    if not grad:
+        with torch.no_grad():
+            outputs = getattr(module, op)(*inputs, **options)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
     options = {
         k: v.detach().requires_grad_() if k.startswith(("weight", "branch")) else v
