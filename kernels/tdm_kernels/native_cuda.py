@@ -72,24 +72,29 @@ def qk_norm_rope(
     """
     if native.wants_grad(q_BTNH, k_BTNH, weight_q_H, weight_k_H):
         raise RuntimeError("the CUDA kernels have no backward pass")
-    q, k, weights = unit(q_BTNH), unit(k_BTNH), (weight_q_H, weight_k_H)
+    q, k = unit(q_BTNH), unit(k_BTNH)
     if tail is not None:
-        t, *tail_weights = tail
-        out = q.new_empty(q.shape), k.new_empty(k.shape)
-        for rows, pair in ((slice(t), weights), (slice(t, None), tail_weights)):
-            parts = (x[:, rows] for x in (q, k, *out))
-            _launch(*parts, *pair, None, eps)
-        return out
-    idle = [weight is None and rope_BTNH is None for weight in weights]
-    outs = [None if still else x.new_empty(x.shape) for still, x in zip(idle, (q, k), strict=True)]
-    if not any(idle) and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]:
-        _launch(q, k, *outs, *weights, rope_BTNH, eps)
-    else:
-        for x, out, weight in zip((q, k), outs, weights, strict=True):
-            if out is not None:
-                _launch(x, None, out, None, weight, None, rope_BTNH, eps)
-    return q_BTNH if outs[0] is None else outs[0], k_BTNH if outs[1] is None else outs[1]
+        t, tail_q, tail_k = tail
+        out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
+        parts = (slice(t), weight_q_H, weight_k_H), (slice(t, None), tail_q, tail_k)
+        for rows, *weights in parts:
+            _launch(*(x[:, rows] for x in (q, k, out_q, out_k)), *weights, None, eps)
+        return out_q, out_k
+    q_idle, k_idle = (w is None and rope_BTNH is None for w in (weight_q_H, weight_k_H))
+    out_q = q_BTNH if q_idle else q.new_empty(q.shape)
+    out_k = k_BTNH if k_idle else k.new_empty(k.shape)
+    alike = q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+    if alike and not q_idle and not k_idle:
+        _launch(q, k, out_q, out_k, weight_q_H, weight_k_H, rope_BTNH, eps)
+        return out_q, out_k
+    if not q_idle:
+        _launch(q, None, out_q, None, weight_q_H, None, rope_BTNH, eps)
+    if not k_idle:
+        _launch(k, None, out_k, None, weight_k_H, None, rope_BTNH, eps)
+    return out_q, out_k
 
 
-def _launch(q, k, out_q, out_k, weight_q, weight_k, rope, eps: float) -> Any:
+def _launch(*args: Any) -> None:
+    *tensors, weight_q, weight_k, rope, eps = args
+    q, k, out_q, out_k = tensors
     native.native_op("head_norms")(q, k, weight_q, weight_k, rope, eps, out_q, out_k)
