@@ -126,7 +126,7 @@ def triton_ops() -> Ops:
 
 def fused(model: Any, cond: Condition) -> dict[str, Any]:
     """One step of our forward; context and modulation come from outside, once per picture."""
-    model._ops = triton_ops()
+    model._ops, model.bind_ops = triton_ops(), lambda: None  # meta would get the reference's
     model.freeze()
     x, made = torch.empty(1, 16, LATENT, LATENT, device="meta"), []
 

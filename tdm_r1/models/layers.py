@@ -259,13 +259,14 @@ class Transformer(Packable):
         Later in-place updates and moves are followed; a Parameter replaced by another is not.
         """
         self.requires_grad_(False)
+        self.frozen = True
+        self.bind_ops()
         for module in self.modules():
             if isinstance(module, Packable) and not module.packed:
                 module.pack(self.ops)
         self.weights = tuple(self.parameters())
         for name in self.recordable:
             self.recorded[name] = self.ops.record(getattr(self, name), self.weights)
-        self.frozen = True
         return self
 
     def unfreeze(self) -> Transformer:
@@ -275,6 +276,7 @@ class Transformer(Packable):
                 module.unpack()
         self.recorded, self.weights = {}, ()
         self.frozen = False
+        self.bind_ops()
         return self
 
     def run(self, name: str, *inputs: Any) -> Tensor:
@@ -285,7 +287,7 @@ class Transformer(Packable):
         return {**super().__getstate__(), "recorded": {}, "weights": ()}
 
     def bind_ops(self) -> None:
-        """Choose the ops for the device and dtype the parameters are on now.
+        """Choose the ops for the device and dtype the parameters are on now; frozen, any of them.
 
         A backend that cannot run here is refused when the ops are used: on its way from a file to
         its device, a model passes through places where nothing is computed.
@@ -293,7 +295,7 @@ class Transformer(Packable):
         if self.backend not in ("auto", *BACKENDS):
             raise ConfigError(f"backend={self.backend!r} is unknown; use auto or one of {BACKENDS}")
         try:
-            found = select(self.backend, self.device, self.dtype, self.head_dim, grad=True)
+            found = select(self.backend, self.device, self.dtype, self.head_dim, not self.frozen)
             self._ops: Ops | ConfigError = found
         except ValueError as error:
             self._ops = ConfigError(str(error))
