@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from tdm_kernels import native, reference
+from tdm_kernels.layout import ATTENTION_HEAD_DIMS
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,13 @@ def _triton(target: Target) -> str:
     return ""
 
 
+def _triton_attention(target: Target) -> str:
+    reason = _triton(target)
+    if not reason and target.head_dim not in ATTENTION_HEAD_DIMS:
+        return f"takes heads {ATTENTION_HEAD_DIMS} wide, not {target.head_dim}"
+    return reason
+
+
 def _native(target: Target) -> str:
     if target.device.type != "cpu":
         return "runs on a CPU only"
@@ -102,10 +110,14 @@ TRITON_OPS = {
     "qk_norm_rope": "tdm_kernels.qk_norm_rope:qk_norm_rope",
     "swiglu": "tdm_kernels.glu:swiglu",
     "gelu_tanh": "tdm_kernels.glu:gelu_tanh",
+    "joint_attention": "tdm_kernels.attention:joint_attention",
 }
 NATIVE_OPS = tuple(op for op in OP_NAMES if hasattr(native, op))
 IMPLS = (
-    *(Impl(op, "triton", fn, _triton, grad=True) for op, fn in TRITON_OPS.items()),
+    *(
+        Impl(op, "triton", fn, _triton_attention if op == "joint_attention" else _triton, grad=True)
+        for op, fn in TRITON_OPS.items()
+    ),
     *(Impl(op, "native", getattr(native, op), _native, grad=True) for op in NATIVE_OPS),
     *(Impl(op, "reference", getattr(reference, op), _always, grad=True) for op in OP_NAMES),
 )
