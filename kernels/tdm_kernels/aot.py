@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from tdm_kernels import attention, glu, norm, qk_norm_rope
+from tdm_kernels import attention, glu, norm, qk_norm_rope, solver
 
 ARCHS = (80, 89, 90, 100, 120)
 _COPIED = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+)")  # bytes
@@ -161,9 +161,13 @@ def _inference() -> dict[str, Callable[[], Any]]:
     lengths = torch.empty(2, dtype=torch.int64, device="meta")
     attend = attention.joint_attention
     joint = _rows(2, 4429, 24, 64)
+    x = _rows(2, 16, 128, 128, dtype=torch.float32)
+    out, coefficients = _rows(2, 4096, 64), {"sigma": 0.5, "c_x": 0.5, "c_m": 0.5, "patch": 2}
     return {
         "zimage/joint_attention": lambda: attend(*_qkv(2, 4224, 30, 128)),
         "zimage/joint_attention_ragged": lambda: attend(*_qkv(2, 4224, 30, 128), lengths),
+        "zimage/solver_step": lambda: solver.solver_step(x, out, **coefficients),
+        "sd3/solver_step": lambda: solver.solver_step(x, out, x, c_prev=-0.5, **coefficients),
         "sd3/joint_attention": lambda: attend(joint, joint, joint),
         "sd3/joint_attention_image": lambda: attend(*_qkv(2, 4096, 24, 64)),
     }

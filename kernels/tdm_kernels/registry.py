@@ -46,7 +46,8 @@ class Impl:
 
     `fn` is the function, or "module:function" where importing the module needs an optional package.
     `check` returns "" where the implementation can run and the reason where it cannot. `grad` says
-    whether it has a backward pass; one without is never selected for training.
+    whether it has a backward pass; one without is never selected for training, unless the op itself
+    is for inference only.
     """
 
     op: str
@@ -57,7 +58,7 @@ class Impl:
 
     def reason_against(self, target: Target) -> str:
         """Return why this implementation cannot serve `target`, or ""."""
-        if target.grad and not self.grad:
+        if target.grad and not self.grad and self.op not in INFERENCE_OPS:
             return "has no backward pass"
         return self.check(target)
 
@@ -92,6 +93,11 @@ def _triton_attention(target: Target) -> str:
     return reason
 
 
+def _triton_impl(op: str, fn: str) -> Impl:
+    check = _triton_attention if op == "joint_attention" else _triton
+    return Impl(op, "triton", fn, check, grad=op not in INFERENCE_OPS)
+
+
 def _native(target: Target) -> str:
     if target.device.type != "cpu":
         return "runs on a CPU only"
@@ -100,6 +106,8 @@ def _native(target: Target) -> str:
     return native.load()
 
 
+# Ops whose contract has no gradient: a model that trains binds them all the same.
+INFERENCE_OPS = ("solver_step",)
 OP_NAMES = tuple(field.name for field in fields(Ops))
 # Fastest first: "auto" takes the first backend whose check passes, op by op.
 BACKENDS = ("triton", "native", "reference")
@@ -111,13 +119,11 @@ TRITON_OPS = {
     "swiglu": "tdm_kernels.glu:swiglu",
     "gelu_tanh": "tdm_kernels.glu:gelu_tanh",
     "joint_attention": "tdm_kernels.attention:joint_attention",
+    "solver_step": "tdm_kernels.solver:solver_step",
 }
 NATIVE_OPS = tuple(op for op in OP_NAMES if hasattr(native, op))
 IMPLS = (
-    *(
-        Impl(op, "triton", fn, _triton_attention if op == "joint_attention" else _triton, grad=True)
-        for op, fn in TRITON_OPS.items()
-    ),
+    *(_triton_impl(op, fn) for op, fn in TRITON_OPS.items()),
     *(Impl(op, "native", getattr(native, op), _native, grad=True) for op in NATIVE_OPS),
     *(Impl(op, "reference", getattr(reference, op), _always, grad=True) for op in OP_NAMES),
 )

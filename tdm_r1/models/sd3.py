@@ -26,7 +26,6 @@ from tdm_r1.models.layers import (
     norm_weight,
     patchify,
     timestep_features,
-    unpatchify,
 )
 
 EPS = 1e-6
@@ -317,12 +316,12 @@ class SD3Transformer(Transformer):
         return (table_KMBD + self.scale_offsets(chunks.device))[:, :, :, None]
 
     def forward(self, x_BChw: Tensor, context: SD3Context, mod_MB1D: Tensor) -> Tensor:
-        """Return v = eps - x0, fp32 [B, C, h, w], for fp32 latents x and one step's modulation.
+        """Return v = eps - x0 in patches [B, n, p p C], for fp32 latents x and a step's modulation.
 
         Context and modulation have B rows, or one row that serves the whole batch.
         """
         ops, p = self.ops, self.config.patch_size
-        b, _, height, width = x_BChw.shape
+        b = x_BChw.shape[0]
         patches = patchify(x_BChw.to(self.dtype), p, channels_last=False)
         h_BnD = F.linear(patches, self.pos_embed.weight) + context.position_1nD
         c_BTD = context.tokens_BTD.expand(b, -1, -1)
@@ -332,7 +331,7 @@ class SD3Transformer(Transformer):
             h_BnD, c_BTD = block(h_BnD, c_BTD, mod_MB1D[start:stop], ops)
             start = stop
         y_BnD = ops.norm_modulate(h_BnD, mod_MB1D[start], mod_MB1D[start + 1], eps=EPS)
-        return unpatchify(self.linear("output", y_BnD), height, width, p).float()
+        return self.linear("output", y_BnD)
 
     def scale_offsets(self, device: torch.device) -> Tensor:
         """Return [M, 1, 1]: 1 where a modulation vector is a scale, 0 elsewhere."""

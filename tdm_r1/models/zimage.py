@@ -25,7 +25,6 @@ from tdm_r1.models.layers import (
     check_latent_size,
     patchify,
     timestep_features,
-    unpatchify,
 )
 
 # Both token streams are padded with learned tokens, which take part in attention, to this multiple.
@@ -191,10 +190,11 @@ class FinalLayer(nn.Module):
 class ZImageTransformer(Transformer):
     """The Z-Image velocity field, in the sign and time of SD3: v = eps - x0 at t = 1000 sigma.
 
-    The published network predicts x0 - eps and takes 1 - sigma; both conversions happen in here.
+    The published network predicts x0 - eps and takes 1 - sigma: `sign` and `modulation` convert.
     """
 
     family = "zimage"
+    sign = -1.0
 
     def __init__(self, config: ZImageConfig, backend: str = "auto") -> None:
         super().__init__()
@@ -288,12 +288,12 @@ class ZImageTransformer(Transformer):
         return table_KBMD.movedim(2, 1)[:, :, :, None]
 
     def forward(self, x_BChw: Tensor, context: ZImageContext, mod_MB1D: Tensor) -> Tensor:
-        """Return v = eps - x0, fp32 [B, C, h, w], for fp32 latents x and one step's modulation.
+        """Return x0 - eps in patches [B, n, p p C], for fp32 latents x and a step's modulation.
 
         Context and modulation have B rows, or one row that serves the whole batch.
         """
         config, ops = self.config, self.ops
-        b, _, height, width = x_BChw.shape
+        b = x_BChw.shape[0]
         patches = patchify(x_BChw.to(self.dtype), config.patch_size, channels_last=True)
         h = self.all_x_embedder[config.patch_key](patches).to(self.dtype)
         num_image = h.shape[1]
@@ -310,8 +310,7 @@ class ZImageTransformer(Transformer):
         for index, (block, mod) in enumerate(zip(self.layers, mods[num_refiners:], strict=True)):
             h = block(h, ops, rope, lengths_B, mod, num_image if index == last else None)
         y = ops.norm_modulate(h[:, :num_image], mod_MB1D[-1], eps=FINAL_EPS)
-        out = self.all_final_layer[config.patch_key].linear(y)
-        return -unpatchify(out, height, width, config.patch_size).float()
+        return self.all_final_layer[config.patch_key].linear(y)
 
 
 def padded_lengths(cond: Condition, config: ZImageConfig) -> list[int]:

@@ -28,6 +28,7 @@ QUICK = [
     "sd3/gelu_tanh/infer",
     "sd3/gelu_tanh/backward",
     "zimage/joint_attention_ragged/infer",
+    "sd3/solver_step/infer",
 ]
 
 
@@ -56,7 +57,7 @@ def test_every_launch_keeps_its_budget(launches, arch):
 def test_the_budget_allows_no_spills_and_only_scalars_to_be_narrow(launches):
     assert set(BUDGET) == set(launches)
     kernels = {launch.kernel for launch in launches.values()}
-    assert len(kernels) == 9  # four ops' families, forward and backward, and attention
+    assert len(kernels) == 10  # four ops' families, both ways, attention, the solver's step
     assert kernels == {launches[name].kernel for name in QUICK}
     for name, row in BUDGET.items():
         assert row["local"] == 0, name

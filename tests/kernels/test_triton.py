@@ -37,11 +37,14 @@ def test_kernels_on_the_gpu():
 def test_auto_takes_triton_on_cuda():
     norm = pytest.importorskip("tdm_kernels.norm")
     attention = pytest.importorskip("tdm_kernels.attention")
+    solver = pytest.importorskip("tdm_kernels.solver")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         ops = registry.select("auto", "cuda", dtype)
         assert ops.norm_modulate is norm.norm_modulate
         assert ops == registry.select("triton", "cuda", dtype)
         assert ops.joint_attention is attention.joint_attention
+        # For inference only, and yet bound by a model that also trains.
+        assert ops.solver_step is solver.solver_step
     odd = registry.select("auto", "cuda", torch.bfloat16, head_dim=24)
     assert odd.joint_attention is reference.joint_attention
     assert registry.explain("cuda", torch.bfloat16)["swiglu"]["triton"] == "ok"

@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from tdm_kernels import attention, glu, norm, qk_norm_rope, reference
+from tdm_kernels import attention, glu, norm, qk_norm_rope, reference, solver
 
 from tests.kernels import compare as helpers
 from tests.kernels.compare import assert_as_good, compare, run
@@ -234,6 +234,31 @@ def test_attention_leaves_gradients_to_the_library(which):
     assert torch.equal(found, like)
 
 
+SMALL = [(3, 3, 4, 6, 2), (1, 16, 2, 34, 2), (2, 5, 7, 9, 1)]  # B, C, h, w, patch
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("b", "c", "h", "w", "p"), SMALL)
+def test_solver_step(b, c, h, w, p, dtype):
+    x, m_prev = (inside_nan(randn(b, c, h, w, seed=seed)) for seed in (1, 2))
+    out = inside_nan(randn(b, h * w // p**2, p * p * c, seed=3, dtype=dtype))
+    for memory, c_prev in ((None, 0.0), (m_prev, -0.3)):
+        constants = {"sigma": 0.7, "c_x": 0.6, "c_m": 0.4, "c_prev": c_prev}
+        options = {"sign": -1.0, "patch": p}
+        found, like = (
+            module.solver_step(x, out, memory, **constants, **options)
+            for module in (solver, reference)
+        )
+        v = -reference.unpatchify(out.double(), h, w, p)
+        memory = None if memory is None else memory.double()
+        for triple in zip(
+            found, like, reference.advance(x.double(), v, memory, **constants), strict=True
+        ):
+            assert_as_good(*triple)
+    found, m = solver.solver_step(x, out, None, sigma=0.7, c_x=0.0, c_m=1.0, patch=p)
+    assert torch.equal(found, m)  # the last step lands on the prediction, bit for bit
+
+
 def test_swiglu_gives_only_the_gradients_asked_for():
     gate, up = randn(1, 3, 24, seed=1).requires_grad_(), randn(1, 3, 24, seed=2)
     (found,) = torch.autograd.grad(glu.swiglu(gate, up).sum(), gate)
@@ -259,6 +284,7 @@ def test_empty_inputs():
 
 def test_refuses_what_the_kernels_cannot_read():
     x, q, r = randn(2, 5, 24, seed=1), randn(2, 5, 3, 24, seed=1), randn(2, 5, 3, 16, seed=1)
+    step: dict = {"sigma": 0.5, "c_x": 0.5, "c_m": 0.5, "patch": 1}
     for call, message in (
         (lambda: norm.norm_modulate(x, randn(2, 5, 24, seed=2)), "scale must be"),
         (lambda: norm.norm_modulate(x, randn(3, 2, 1, 24, seed=2)), "scale must be"),
@@ -272,6 +298,10 @@ def test_refuses_what_the_kernels_cannot_read():
         (lambda: qk_norm_rope.qk_norm_rope(q, q, None, None, q[:, :, :1, :22]), "rope must be"),
         (lambda: glu.swiglu(x, x[..., :12]), "up must be"),
         (lambda: glu.gelu_tanh(x[0]), "x must have 3 axes"),
+        (lambda: solver.solver_step(q, x, **step), r"out must be \[2, 72, 5\]"),
+        (lambda: solver.solver_step(q, x, **{**step, "patch": 2}), "whole patches of 2"),
+        (lambda: solver.solver_step(q.half(), x, **step), "x must be float32"),
+        (lambda: solver.solver_step(q, x, q[:1], **step), "m_prev must be float32"),
         (lambda: attention.joint_attention(q, q, q), "heads must be one of .* wide, not 24"),
         (lambda: attention.joint_attention(x, x, x), "q must have 4 axes"),
         (lambda: attention.joint_attention(r, r[:, :, :2], r[:, :, :2]), r"k must be \[2, 1 or"),
