@@ -228,16 +228,18 @@ class Engine:
         self, plan: _Plan, x_BChw: Tensor, weight: float, callback: Callback | None
     ) -> Tensor:
         """x_K from x_0; `weight` 1 means a plan without guidance."""
-        x0_BChw = None
+        model, x0_BChw = plan.transformer, None
+        layout = {"sign": model.sign, "patch": model.config.patch_size}
         for k, t in enumerate(self.schedule.timesteps):
             if weight == 1.0:
-                v_BChw = plan.transformer(x_BChw, plan.context, plan.modulation[k])
+                out_Bnf = model(x_BChw, plan.context, plan.modulation[k])
             else:
-                x_twice = torch.cat([x_BChw, x_BChw])
-                both = plan.transformer(x_twice, plan.context, plan.modulation[k])
-                c_BChw, u_BChw = both.chunk(2)
-                v_BChw = torch.lerp(u_BChw, c_BChw, weight)
-            x_BChw, x0_BChw = self.schedule.step(k, x_BChw, v_BChw, x0_BChw)
+                both = model(torch.cat([x_BChw, x_BChw]), plan.context, plan.modulation[k])
+                c_Bnf, u_Bnf = both.float().chunk(2)
+                out_Bnf = torch.lerp(u_Bnf, c_Bnf, weight)
+            step = self.schedule.constants(k)
+            m_prev = x0_BChw if step["c_prev"] else None
+            x_BChw, x0_BChw = model.ops.solver_step(x_BChw, out_Bnf, m_prev, **step, **layout)
             if callback is not None:
                 callback(k, t, x_BChw)
         return x_BChw

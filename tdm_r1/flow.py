@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from tdm_kernels.reference import advance
 from torch import Tensor
 
 from tdm_r1.errors import ConfigError, closest
@@ -112,9 +113,8 @@ class Schedule:
     """A K-step deterministic sampler with every coefficient a Python constant.
 
     sigmas: K+1 noise levels, falling, the last one 0. timesteps: K model inputs, 0..1000.
-    coefficients: K triples (a, b, c) of the update
-        euler:  x' = a x + b v                  (a = 1, b = sigma' - sigma, c = 0)
-        dpm2m:  x' = a x + b m + c m_prev       with m = x - sigma v, the x0 prediction
+    coefficients: K triples (a, b, c) of the update, with m = x - sigma v the x0 prediction
+        x' = a x + b m + c m_prev               c = 0 throughout for euler
     """
 
     solver: str
@@ -126,30 +126,29 @@ class Schedule:
     def num_steps(self) -> int:
         return len(self.timesteps)
 
+    def constants(self, k: int) -> dict[str, float]:
+        """Return sigma, c_x, c_m and c_prev of step k, as `Ops.solver_step` takes them."""
+        assert 0 <= k < self.num_steps, (k, self.num_steps)
+        c_x, c_m, c_prev = self.coefficients[k]
+        return {"sigma": self.sigmas[k], "c_x": c_x, "c_m": c_m, "c_prev": c_prev}
+
     def step(
         self, k: int, x_BChw: Tensor, v_BChw: Tensor, m_prev_BChw: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Advance from sigmas[k] to sigmas[k + 1].
+    ) -> tuple[Tensor, Tensor]:
+        """Advance from sigmas[k] to sigmas[k + 1], given the velocity.
 
         x, v: [B, C, h, w], computed in fp32 (fp64 stays); m_prev: what the previous step returned.
-        Returns (x_next, m), m None for euler.
+        Returns (x_next, m).
 
         Raises:
             ValueError: this step is second order and m_prev is missing.
         """
-        assert 0 <= k < self.num_steps, (k, self.num_steps)
-        x, v = _at_least_fp32(x_BChw), _at_least_fp32(v_BChw)
-        a, b, c = self.coefficients[k]
-        if self.solver == "euler":
-            return x + b * v, None
-        m = x - self.sigmas[k] * v
-        if a == 0:
-            return m, m  # the last step lands on the prediction, bit for bit
-        if c == 0:
-            return a * x + b * m, m
-        if m_prev_BChw is None:
+        constants = self.constants(k)
+        if not constants["c_prev"]:
+            m_prev_BChw = None
+        elif m_prev_BChw is None:
             raise ValueError(f"step {k} of dpm2m is second order: pass m_prev, from step {k - 1}")
-        return a * x + b * m + c * m_prev_BChw, m
+        return advance(_at_least_fp32(x_BChw), _at_least_fp32(v_BChw), m_prev_BChw, **constants)
 
 
 def schedule(solver: str, steps: int, shift: float) -> Schedule:
@@ -184,8 +183,8 @@ def schedule(solver: str, steps: int, shift: float) -> Schedule:
 
 
 def _euler_coefficients(sigmas: list[float]) -> tuple[tuple[float, float, float], ...]:
-    """x' = x + (s' - s) v."""
-    return tuple((1.0, after - now, 0.0) for now, after in itertools.pairwise(sigmas))
+    """x' = x + (s' - s) v = r x + (1 - r) m, r = s'/s."""
+    return tuple((b / a, 1 - b / a, 0.0) for a, b in itertools.pairwise(sigmas))
 
 
 def _dpm2m_coefficients(sigmas: list[float]) -> tuple[tuple[float, float, float], ...]:

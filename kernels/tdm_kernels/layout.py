@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tdm_kernels import reference
 
+ATTENTION_HEAD_DIMS = (16, 32, 64, 128)  # what tiles of the tensor cores are made of
+
 
 def traced_as_reference(op: Callable) -> Callable:
     """Let torch.compile and torch.export trace the reference of the same name in place of `op`.

@@ -278,14 +278,52 @@ def pack_linear_fp8(
 
 
 def solver_step(
-    x: Tensor, m: Tensor, m_prev: Tensor | None, c_x: float, c_m: float, c_prev: float
-) -> Tensor:
-    """Return c_x x + c_m m + c_prev m_prev in fp32: one step of a linear multistep solver.
+    x_BChw: Tensor,
+    out_Bnf: Tensor,
+    m_prev_BChw: Tensor | None = None,
+    *,
+    sigma: float,
+    c_x: float,
+    c_m: float,
+    c_prev: float = 0.0,
+    sign: float = 1.0,
+    patch: int,
+) -> tuple[Tensor, Tensor]:
+    """Return (x_next, m) of one sampling step, from the patches a transformer returned.
 
-    m and m_prev are the x0 predictions of this step and the one before (None: first order).
+    v = sign * unpatchify(out) is the velocity; the rest is `advance`. x and m_prev are fp32 latents
+    [B, C, h, w], and so are the results. For inference: no implementation needs a backward pass.
     """
-    out = torch.add(x.float() * c_x, m.float(), alpha=c_m)
-    return out if m_prev is None else torch.add(out, m_prev.float(), alpha=c_prev)
+    v_BChw = unpatchify(out_Bnf, x_BChw.shape[2], x_BChw.shape[3], patch).float()
+    v_BChw = v_BChw if sign == 1 else v_BChw * sign
+    return advance(x_BChw, v_BChw, m_prev_BChw, sigma=sigma, c_x=c_x, c_m=c_m, c_prev=c_prev)
+
+
+def advance(
+    x: Tensor,
+    v: Tensor,
+    m_prev: Tensor | None = None,
+    *,
+    sigma: float,
+    c_x: float,
+    c_m: float,
+    c_prev: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Return (c_x x + c_m m + c_prev m_prev, m), with m = x - sigma v the x0 prediction.
+
+    One step of a linear multistep solver; m_prev is the prediction of the step before (None: first
+    order). All of one shape and dtype.
+    """
+    m = x - sigma * v
+    x_next = c_x * x + c_m * m
+    return (x_next if m_prev is None else x_next + c_prev * m_prev), m
+
+
+def unpatchify(x_Bnf: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """Return [B, C, height, width] of row-major patches [B, n, p p C], channel fastest."""
+    b = x_Bnf.shape[0]
+    x = x_Bnf.reshape(b, height // patch, width // patch, patch, patch, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, height, width)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

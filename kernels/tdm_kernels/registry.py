@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from tdm_kernels import native, native_cuda, reference
+from tdm_kernels.layout import ATTENTION_HEAD_DIMS
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,9 @@ class Impl:
 
     `fn` is the function, or "module:function" where importing the module needs an optional package.
     `check` returns "" where the implementation can run and the reason where it cannot. `grad` says
-    whether it has a backward pass; one without is never selected for training. `device` is the kind
-    the implementation is written for, "" for any: what a backend claims differs between devices.
+    whether it has a backward pass; one without is never selected for training, unless the op itself
+    is for inference only. `device` is the kind the implementation is written for, "" for any: what
+    a backend claims differs between devices.
     """
 
     op: str
@@ -62,7 +64,7 @@ class Impl:
 
     def reason_against(self, target: Target) -> str:
         """Return why this implementation cannot serve `target`, or ""."""
-        if target.grad and not self.grad:
+        if target.grad and not self.grad and self.op not in INFERENCE_OPS:
             return "has no backward pass"
         return self.check(target)
 
@@ -104,6 +106,18 @@ def _triton_fp8(target: Target) -> str:
     return ""
 
 
+def _triton_attention(target: Target) -> str:
+    reason = _triton(target)
+    if not reason and target.head_dim not in ATTENTION_HEAD_DIMS:
+        return f"takes heads {ATTENTION_HEAD_DIMS} wide, not {target.head_dim}"
+    return reason
+
+
+def _triton_impl(op: str, fn: str) -> Impl:
+    check = _triton_attention if op == "joint_attention" else _triton
+    return Impl(op, "triton", fn, check, grad=op not in INFERENCE_OPS)
+
+
 def _native(target: Target) -> str:
     if target.device.type != "cpu":
         return "runs on a CPU only"
@@ -120,6 +134,8 @@ def _native_cuda(target: Target) -> str:
     return native_cuda.load(target.device)
 
 
+# Ops whose contract has no gradient: a model that trains binds them all the same.
+INFERENCE_OPS = ("solver_step",)
 OP_NAMES = tuple(field.name for field in fields(Ops))
 # Fastest first: "auto" takes the first backend whose check passes, op by op.
 BACKENDS = ("triton", "native", "reference")
@@ -131,6 +147,8 @@ TRITON_OPS = {
     "swiglu": "tdm_kernels.glu:swiglu",
     "gelu_tanh": "tdm_kernels.glu:gelu_tanh",
     "pack_linear": "tdm_kernels.linear:pack_linear",
+    "joint_attention": "tdm_kernels.attention:joint_attention",
+    "solver_step": "tdm_kernels.solver:solver_step",
 }
 # What stands in, with fp8, for the ops that feed a linear and for the linear.
 FP8_OPS = {
@@ -143,7 +161,7 @@ FP8_OPS = {
 FP8_NAMES = {op: f"{op}_fp8" for op in FP8_OPS}
 NATIVE_OPS = tuple(op for op in OP_NAMES if hasattr(native, op))
 IMPLS = (
-    *(Impl(op, "triton", fn, _triton, grad=True) for op, fn in TRITON_OPS.items()),
+    *(_triton_impl(op, fn) for op, fn in TRITON_OPS.items()),
     *(Impl(op, "native", getattr(native, op), _native, True, "cpu") for op in NATIVE_OPS),
     Impl("record", "native", "tdm_kernels.recording:record", _native, True, "cpu"),
     *(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from tdm_kernels import Ops, select
+from tdm_kernels.reference import unpatchify
 from tdm_kernels.registry import BACKENDS
 from torch import Tensor, nn
 
@@ -44,14 +45,6 @@ def patchify(x_BChw: Tensor, patch: int, dtype: torch.dtype, *, channels_last: b
     x = x.permute((0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5))
     # Cast and layout in one pass.
     return x.to(dtype, memory_format=torch.contiguous_format).reshape(b, -1, c * patch * patch)
-
-
-def unpatchify(x_Bnf: Tensor, height: int, width: int, patch: int) -> Tensor:
-    """Inverse of `patchify(..., channels_last=True)`: [B, n, p p C] -> fp32 [B, C, h, w]."""
-    b = x_Bnf.shape[0]
-    x = x_Bnf.reshape(b, height // patch, width // patch, patch, patch, -1)
-    x = x.permute(0, 5, 1, 3, 2, 4).to(torch.float32, memory_format=torch.contiguous_format)
-    return x.reshape(b, -1, height, width)
 
 
 def join_linears(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
@@ -199,9 +192,14 @@ def norm_weight(norm: nn.RMSNorm | None) -> Tensor | None:
 
 
 class Transformer(Packable):
-    """Base of both transformers: op binding, freezing for inference, and the one-call velocity."""
+    """Base of both transformers: op binding, freezing for inference, and the one-call velocity.
+
+    `forward` returns patches [B, n, p p C], channel fastest, so that a sampling step can read them
+    as they come; the velocity is `sign` times the picture they make.
+    """
 
     family: ClassVar[str]
+    sign: ClassVar[float] = 1.0
     config: Any
     groups: tuple[str, ...] = ("modulation",)
     recordable: tuple[str, ...]  # methods that run ops and make views, nothing else
@@ -240,7 +238,14 @@ class Transformer(Packable):
         x_t = (1 - sigma) x0 + sigma eps.
         """
         context = self.context(cond, x_BChw.shape[-2], x_BChw.shape[-1])
-        return self(x_BChw, context, self.modulation(context, t_B[None])[0])
+        out_Bnf = self(x_BChw, context, self.modulation(context, t_B[None])[0])
+        return self.to_velocity(x_BChw, out_Bnf)
+
+    def to_velocity(self, x_BChw: Tensor, out_Bnf: Tensor) -> Tensor:
+        """Return v, fp32 and of the shape of the latents x, from what `forward` made of them."""
+        height, width = x_BChw.shape[-2:]
+        v_BChw = unpatchify(out_Bnf, height, width, self.config.patch_size).float()
+        return v_BChw if self.sign == 1 else v_BChw * self.sign
 
     def project_modulation(self, c: Tensor) -> Tensor:
         """Apply every modulation linear to `c`, results side by side on the last axis.

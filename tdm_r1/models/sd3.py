@@ -22,7 +22,6 @@ from tdm_r1.models.layers import (
     check_latent_size,
     patchify,
     timestep_features,
-    unpatchify,
 )
 from tdm_r1.models.sd3_blocks import AdaLayerNorm, Following, JointBlock
 
@@ -194,16 +193,14 @@ class SD3Transformer(Transformer):
         return (table_KMBD + self.scale_offsets(chunks.device))[:, :, :, None]
 
     def forward(self, x_BChw: Tensor, context: SD3Context, mod_MB1D: Tensor) -> Tensor:
-        """Return v = eps - x0, fp32 [B, C, h, w], for fp32 latents x and one step's modulation.
+        """Return v = eps - x0 in patches [B, n, p p C], for fp32 latents x and a step's modulation.
 
         Context and modulation have B rows, or one row that serves the whole batch.
         """
-        p = self.config.patch_size
-        b, _, height, width = x_BChw.shape
-        patches = patchify(x_BChw, p, self.dtype, channels_last=False)
+        b = x_BChw.shape[0]
+        patches = patchify(x_BChw, self.config.patch_size, self.dtype, channels_last=False)
         h_BnD = F.linear(patches, self.pos_embed.weight) + context.position_1nD
-        out_Bnf = self.run("blocks", h_BnD, context.tokens_BTD.expand(b, -1, -1), mod_MB1D)
-        return unpatchify(out_Bnf, height, width, p)
+        return self.run("blocks", h_BnD, context.tokens_BTD.expand(b, -1, -1), mod_MB1D)
 
     def blocks(self, h_BnD: Tensor, c_BTD: Tensor, mod_MB1D: Tensor) -> Tensor:
         """Return the patches of v [B, n, p p C] for embedded patches and text."""

@@ -26,7 +26,6 @@ from tdm_r1.models.layers import (
     check_latent_size,
     patchify,
     timestep_features,
-    unpatchify,
 )
 from tdm_r1.models.zimage_layout import padded_lengths, position_ids, rope_table
 
@@ -229,10 +228,11 @@ class FinalLayer(nn.Module):
 class ZImageTransformer(Transformer):
     """The Z-Image velocity field, in the sign and time of SD3: v = eps - x0 at t = 1000 sigma.
 
-    The published network predicts x0 - eps and takes 1 - sigma; both conversions happen in here.
+    The published network predicts x0 - eps and takes 1 - sigma: `sign` and `modulation` convert.
     """
 
     family = "zimage"
+    sign = -1.0
     recordable = ("refine", "join")
 
     def __init__(self, config: ZImageConfig, backend: str = "auto") -> None:
@@ -327,12 +327,12 @@ class ZImageTransformer(Transformer):
         return table_KBMD.movedim(2, 1)[:, :, :, None]
 
     def forward(self, x_BChw: Tensor, context: ZImageContext, mod_MB1D: Tensor) -> Tensor:
-        """Return v = eps - x0, fp32 [B, C, h, w], for fp32 latents x and one step's modulation.
+        """Return x0 - eps in patches [B, n, p p C], for fp32 latents x and a step's modulation.
 
         Context and modulation have B rows, or one row that serves the whole batch.
         """
         config, ops = self.config, self.ops
-        b, _, height, width = x_BChw.shape
+        b = x_BChw.shape[0]
         patches = patchify(x_BChw, config.patch_size, self.dtype, channels_last=True)
         h = self.all_x_embedder[config.patch_key](patches).to(self.dtype)
         num_image = h.shape[1]
@@ -345,8 +345,7 @@ class ZImageTransformer(Transformer):
         rope, lengths_B, mod_MB1D = context.rope_joint_BSNH, context.lengths_B, mod_MB1D[first:]
         h = self.run("join", h, rope, mod_MB1D[:-1], lengths_B, num_image)
         y = ops.norm_modulate(h, mod_MB1D[-1], eps=FINAL_EPS)
-        out = self.all_final_layer[config.patch_key].linear(y)
-        return -unpatchify(out, height, width, config.patch_size)
+        return self.all_final_layer[config.patch_key].linear(y)
 
     def refine(self, h_BID: Tensor, rope_BINH: Tensor, mod_MB1D: Tensor) -> Tensor:
         """Return the image rows after the refiner's blocks."""

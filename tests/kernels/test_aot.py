@@ -30,6 +30,8 @@ QUICK = [
     "sd3/gelu_tanh/backward",
     "zimage/gate_residual_norm/fp8",
     "zimage/swiglu/fp8",
+    "zimage/joint_attention_ragged/infer",
+    "sd3/solver_step/infer",
 ]
 
 
@@ -59,7 +61,8 @@ def test_every_launch_keeps_its_budget(launches, arch):
 def test_the_budget_allows_no_spills_and_only_scalars_to_be_narrow(launches):
     assert set(BUDGET) == set(launches)
     kernels = {launch.kernel for launch in launches.values()}
-    assert len(kernels) == 9  # four ops' families, forward and backward; the one that quantises
+    # Four ops' families both ways, the one that quantises, attention, the solver's step.
+    assert len(kernels) == 11
     assert kernels == {launches[name].kernel for name in QUICK}
     for name, row in BUDGET.items():
         assert row["local"] == 0, name
@@ -70,7 +73,9 @@ def test_the_budget_allows_no_spills_and_only_scalars_to_be_narrow(launches):
             # At most a row's mean, 1/sigma and 1/rms; and the [H] partial sums of q and k.
             assert row["narrow_loads"] <= 3 and row["narrow_stores"] <= 3, name
         if name.endswith("infer"):
-            assert row["narrow_loads"] == row["narrow_stores"] == 0, name
+            # A sample's length.
+            assert row["narrow_loads"] == ("ragged" in name) and not row["narrow_stores"], name
+        assert row["shared"] <= 99 * 1024, name  # of sm_89 and sm_120
         # 65536 registers serve at least one program of this many threads.
         assert row["registers"] * launches[name].options["num_warps"] * 32 <= 65536, name
 

@@ -136,13 +136,22 @@ def test_joint_attention(num_tokens, lengths_dtype, dtype):
 
 
 def test_solver_step():
-    x, m, m_prev = (randn(2, 4, 3, 3, seed=seed, dtype=torch.float32) for seed in range(3))
-    torch.testing.assert_close(
-        reference.solver_step(x, m, None, 0.5, 0.25, 0.0), 0.5 * x + 0.25 * m
-    )
-    torch.testing.assert_close(
-        reference.solver_step(x, m, m_prev, 0.5, 0.25, -0.125), 0.5 * x + 0.25 * m - 0.125 * m_prev
-    )
+    x, m_prev = (randn(2, 3, 4, 6, seed=seed, dtype=torch.float32) for seed in range(2))
+    out = randn(2, 6, 12, seed=2, dtype=torch.float32)
+    v = torch.empty_like(x)
+    for y in range(4):
+        for w in range(6):
+            start = (y % 2 * 2 + w % 2) * 3
+            v[:, :, y, w] = out[:, y // 2 * 3 + w // 2, start : start + 3]
+    constants = {"sigma": 0.75, "c_x": 0.5, "c_m": 0.25}
+    for sign in (1.0, -1.0):
+        m = x - 0.75 * sign * v
+        found = reference.solver_step(x, out, None, **constants, sign=sign, patch=2)
+        torch.testing.assert_close(found, (0.5 * x + 0.25 * m, m))
+        found = reference.solver_step(x, out, m_prev, **constants, c_prev=-2.0, sign=sign, patch=2)
+        torch.testing.assert_close(found, (0.5 * x + 0.25 * m - 2 * m_prev, m))
+    landed, m = reference.solver_step(x, out, None, sigma=0.5, c_x=0.0, c_m=1.0, patch=2)
+    assert torch.equal(landed, m)
 
 
 OPS = {

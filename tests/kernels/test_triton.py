@@ -36,11 +36,17 @@ def test_kernels_on_the_gpu():
 
 def test_auto_takes_triton_on_cuda():
     norm = pytest.importorskip("tdm_kernels.norm")
+    attention = pytest.importorskip("tdm_kernels.attention")
+    solver = pytest.importorskip("tdm_kernels.solver")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         ops = registry.select("auto", "cuda", dtype)
         assert ops.norm_modulate is norm.norm_modulate
         assert ops == registry.select("triton", "cuda", dtype)
-        assert ops.joint_attention is reference.joint_attention
+        assert ops.joint_attention is attention.joint_attention
+        # For inference only, and yet bound by a model that also trains.
+        assert ops.solver_step is solver.solver_step
+    odd = registry.select("auto", "cuda", torch.bfloat16, head_dim=24)
+    assert odd.joint_attention is reference.joint_attention
     assert registry.explain("cuda", torch.bfloat16)["swiglu"]["triton"] == "ok"
     assert registry.select("auto", "cuda", torch.float64).swiglu is reference.swiglu
 
@@ -52,6 +58,8 @@ def test_says_why_triton_cannot_run(monkeypatch, capsys):
     assert "triton: needs a CUDA device" in capsys.readouterr().out
     reason = registry.explain("cuda", torch.float64)["gelu_tanh"]["triton"]
     assert reason == "reads float32, bfloat16 and float16, not torch.float64"
+    with pytest.raises(ValueError, match=r"takes heads \(16, 32, 64, 128\) wide, not 24"):
+        registry.select("triton", "cuda", head_dim=24)
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it now raises ImportError
     assert registry.explain("cuda", torch.bfloat16)["swiglu"]["triton"] == "is not installed"
     assert registry.select("auto", "cuda", torch.bfloat16).swiglu is reference.swiglu

@@ -10,10 +10,10 @@ import os
 
 import pytest
 import torch
-from tdm_kernels import glu, norm, qk_norm_rope, reference
+from tdm_kernels import attention, glu, norm, qk_norm_rope, reference, solver
 
 from tests.kernels import compare as helpers
-from tests.kernels.compare import compare, run
+from tests.kernels.compare import assert_as_good, compare, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -24,6 +24,10 @@ SHORT = [(torch.float32, 3, 1, 24), (HALF, 2, 5, 40)]
 LONG = [(torch.float32, 1, 77, 40), (HALF, 1, 63, 200)]
 if not INTERPRETED:
     LONG += [(HALF, 2, 1000, 1536), (HALF, 1, 4224, 3840)]
+# T, S, H, lengths: less than a tile, several, and whole ones.
+ATTENTION = [(1, 63, 64, None), (77, 1, 16, None), (5, 77, 64, (1, 64, 77)), (63, 96, 128, None)]
+if not INTERPRETED:
+    ATTENTION += [(1000, 1000, 64, (1, 999, 512)), (300, 4429, 64, None), (128, 4224, 128, None)]
 
 
 @pytest.fixture(autouse=True)
@@ -196,6 +200,91 @@ def test_activations(shape, dtype):
     compare(glu, "swiglu", packed.chunk(2, -1), {})
 
 
+def packed_qkv(b, t, s, heads, h, dtype):
+    """Views of one packed projection, whose rows beyond t and s are NaN."""
+    packed = inside_nan(randn(b, max(t, s), 3, heads, h, seed=1, dtype=dtype) * 2)
+    packed[:, t:, 0], packed[:, s:, 1:] = torch.nan, torch.nan
+    q, k, v = packed.unbind(2)
+    return q[:, :t], k[:, :s], v[:, :s]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("t", "s", "h", "lengths"), ATTENTION)
+def test_joint_attention(t, s, h, lengths, dtype):
+    q, k, v = packed_qkv(3, t, s, 2, h, dtype)
+    lengths = None if lengths is None else torch.tensor(lengths, device=DEVICE)
+    like = reference.joint_attention(q, k, v, lengths)
+    logits = torch.einsum("btnh,bsnh->bnts", q.double(), k.double()) / h**0.5
+    for b, length in enumerate([] if lengths is None else lengths.tolist()):
+        logits[b, :, :, length:] = -torch.inf
+    exact = torch.einsum("bnts,bsnh->btnh", logits.softmax(-1), v.double()).flatten(2)
+    for b, length in enumerate([] if lengths is None else lengths.tolist()):
+        k[b, length:], v[b, length:] = torch.nan, torch.nan
+    found = attention.joint_attention(q, k, v, lengths)
+    assert found.is_contiguous()
+    assert_as_good(found, like, exact)
+    if lengths is not None:
+        assert torch.equal(attention.joint_attention(q, k, v, lengths.int()), found)
+
+
+def test_attention_of_any_strides():
+    q, k, v = packed_qkv(2, 5, 33, 3, 16, torch.float32)
+    found = attention.joint_attention(q, k, v)
+    for order in ((1, 0, 2, 3), (2, 0, 1, 3), (3, 0, 1, 2)):
+        back = [order.index(axis) for axis in range(4)]
+        views = [x.permute(order).contiguous().permute(back) for x in (q, k, v)]
+        assert torch.equal(attention.joint_attention(*views), found)
+    shared = [x[:1].expand(2, -1, -1, -1) for x in (k, v)]  # one prompt's keys for its group
+    assert torch.equal(
+        attention.joint_attention(q, *shared),
+        attention.joint_attention(q, *(x.contiguous() for x in shared)),
+    )
+
+
+def test_attention_survives_extremes():
+    q, k, v = packed_qkv(1, 5, 40, 1, 16, torch.float32)
+    found = attention.joint_attention(q * 1e9, k * 1e9, v)
+    assert found.isfinite().all() and found.abs().max() <= v.abs().max()
+    assert attention.joint_attention(q[:, :0], k, v).shape == (1, 0, 16)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_attention_leaves_gradients_to_the_library(which):
+    inputs = [randn(2, 5, 3, 16, seed=seed) for seed in range(3)]
+    inputs[which].requires_grad_()
+    lengths = torch.tensor([2, 5], device=DEVICE)
+    found, like = (
+        torch.autograd.grad(module.joint_attention(*inputs, lengths).sum(), inputs[which])[0]
+        for module in (attention, reference)
+    )
+    assert torch.equal(found, like)
+
+
+SMALL = [(3, 3, 4, 6, 2), (1, 16, 2, 34, 2), (2, 5, 7, 9, 1)]  # B, C, h, w, patch
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("b", "c", "h", "w", "p"), SMALL)
+def test_solver_step(b, c, h, w, p, dtype):
+    x, m_prev = (inside_nan(randn(b, c, h, w, seed=seed)) for seed in (1, 2))
+    out = inside_nan(randn(b, h * w // p**2, p * p * c, seed=3, dtype=dtype))
+    for memory, c_prev in ((None, 0.0), (m_prev, -0.3)):
+        constants = {"sigma": 0.7, "c_x": 0.6, "c_m": 0.4, "c_prev": c_prev}
+        options = {"sign": -1.0, "patch": p}
+        found, like = (
+            module.solver_step(x, out, memory, **constants, **options)
+            for module in (solver, reference)
+        )
+        v = -reference.unpatchify(out.double(), h, w, p)
+        memory = None if memory is None else memory.double()
+        for triple in zip(
+            found, like, reference.advance(x.double(), v, memory, **constants), strict=True
+        ):
+            assert_as_good(*triple)
+    found, m = solver.solver_step(x, out, None, sigma=0.7, c_x=0.0, c_m=1.0, patch=p)
+    assert torch.equal(found, m)  # the last step lands on the prediction, bit for bit
+
+
 def test_swiglu_gives_only_the_gradients_asked_for():
     gate, up = randn(1, 3, 24, seed=1).requires_grad_(), randn(1, 3, 24, seed=2)
     (found,) = torch.autograd.grad(glu.swiglu(gate, up).sum(), gate)
@@ -220,7 +309,8 @@ def test_empty_inputs():
 
 
 def test_refuses_what_the_kernels_cannot_read():
-    x, q = randn(2, 5, 24, seed=1), randn(2, 5, 3, 24, seed=1)
+    x, q, r = randn(2, 5, 24, seed=1), randn(2, 5, 3, 24, seed=1), randn(2, 5, 3, 16, seed=1)
+    step: dict = {"sigma": 0.5, "c_x": 0.5, "c_m": 0.5, "patch": 1}
     for call, message in (
         (lambda: norm.norm_modulate(x, randn(2, 5, 24, seed=2)), "scale must be"),
         (lambda: norm.norm_modulate(x, randn(3, 2, 1, 24, seed=2)), "scale must be"),
@@ -234,6 +324,17 @@ def test_refuses_what_the_kernels_cannot_read():
         (lambda: qk_norm_rope.qk_norm_rope(q, q, None, None, q[:, :, :1, :22]), "rope must be"),
         (lambda: glu.swiglu(x, x[..., :12]), "up must be"),
         (lambda: glu.gelu_tanh(x[0]), "x must have 3 axes"),
+        (lambda: solver.solver_step(q, x, **step), r"out must be \[2, 72, 5\]"),
+        (lambda: solver.solver_step(q, x, **{**step, "patch": 2}), "whole patches of 2"),
+        (lambda: solver.solver_step(q.half(), x, **step), "x must be float32"),
+        (lambda: solver.solver_step(q, x, q[:1], **step), "m_prev must be float32"),
+        (lambda: attention.joint_attention(q, q, q), "heads must be one of .* wide, not 24"),
+        (lambda: attention.joint_attention(x, x, x), "q must have 4 axes"),
+        (lambda: attention.joint_attention(r, r[:, :, :2], r[:, :, :2]), r"k must be \[2, 1 or"),
+        (lambda: attention.joint_attention(r, r[:, :0], r[:, :0]), r"k must be \[2, 1 or"),
+        (lambda: attention.joint_attention(r, r, r[:, :4]), "v must be"),
+        (lambda: attention.joint_attention(r, r, r.half()), "must share a dtype"),
+        (lambda: attention.joint_attention(r, r, r, torch.ones(3)), "lengths must be 2 int32"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
