@@ -74,14 +74,16 @@ class Program:
 
     def __init__(self, call: Callable[..., Tensor], inputs: tuple) -> None:
         """Raises NotRecordable."""
-        self.inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
         buffers = _Buffers()
-        native_op("record")()
-        try:
-            with buffers:
-                self.output = call(*self.inputs)
-        finally:
-            self.number = native_op("recorded")()
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self.inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+            native_op("record")()
+            try:
+                with buffers:
+                    self.output = call(*self.inputs)
+            finally:
+                self.number = native_op("recorded")()
         self.buffers = buffers.kept
 
     def __call__(self, inputs: tuple) -> Tensor:

@@ -81,6 +81,20 @@ def test_what_cannot_be_recorded_is_called():
     assert torch.equal(plain(x, x), x + x)
 
 
+def test_inference_mode_records_nothing_else():
+    layer = Layer()
+    recorded = recording.record(layer, [])
+    copying = recording.record(lambda x, scale: layer(x[:, ::2].contiguous(), scale), [])
+    with torch.inference_mode():
+        first = recorded(*inputs()), copying(*inputs())
+        again = recorded(*inputs(seed=5)), copying(*inputs(seed=5))
+    assert None not in recorded.programs.values() and set(copying.programs.values()) == {None}
+    for seed, (whole, half) in ((2, first), (5, again)):
+        x, scale = inputs(seed=seed)
+        assert torch.equal(whole, layer(x, scale)) and torch.equal(half, layer(x[:, ::2], scale))
+        assert torch.equal(recorded(x, scale), whole)
+
+
 def test_gradients_large_inputs_and_other_dtypes_are_called():
     layer = Layer()
     recorded = recording.record(layer, [])
