@@ -23,8 +23,8 @@ def strict(engine, num=96, **kwargs):
     return np.mean([shapes.check(prompt, np.asarray(picture)).strict for prompt, picture in pairs])
 
 
-def test_tiny_sd3_is_shipped():
-    assert "tiny-sd3" in SHIPPED
+def test_both_families_are_shipped():
+    assert SHIPPED == ["tiny-sd3", "tiny-zimage"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -66,6 +66,28 @@ def test_stock_sd3_pipeline_draws_the_same_latents():
         sigmas=[1.0, 0.75, 0.5, 0.25],
         guidance_scale=1.0,
         max_sequence_length=engine.pipeline.text.t5_length,
+        height=64,
+        width=64,
+        output_type="latent",
+    ).images
+    assert ((ours - theirs).norm() / theirs.norm()).item() <= 1e-4
+
+
+def test_stock_zimage_pipeline_draws_the_same_latents():
+    from diffusers import ZImagePipeline
+
+    pipe = ZImagePipeline.from_pretrained(ASSETS / "tiny-zimage", torch_dtype=torch.float32)
+    pipe.load_lora_weights(ASSETS / "tiny-zimage")
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["two red circles", "a circle left of a square"]
+    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    engine = Engine.from_pretrained("tiny-zimage")
+    ours = engine.generate(prompts, latents=latents, output_type="latent")
+    theirs = pipe(
+        prompts,
+        latents=latents,
+        num_inference_steps=4,
+        guidance_scale=0.0,
         height=64,
         width=64,
         output_type="latent",

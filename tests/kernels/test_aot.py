@@ -108,5 +108,5 @@ def test_capture_records_what_a_launch_would_compile():
     (launch,) = aot.capture(lambda: norm.norm_modulate(x))
     assert launch.kernel is norm.residual_norm_kernel
     assert launch.args[0] is x and launch.options == {
-        "D": 24, "NUM_SETS": 1, "BLOCK_D": 32, "num_warps": 1,
+        "D": 24, "NUM_SETS": 1, "NUM_BRANCHES": 1, "BLOCK_D": 32, "num_warps": 1,
     }  # fmt: skip
