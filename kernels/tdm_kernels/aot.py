@@ -171,6 +171,8 @@ def _sd3(grad: bool) -> dict[str, Callable[[], Any]]:
 def _inference() -> dict[str, Callable[[], Any]]:
     """What has no backward pass here, by MODEL/OP. SD3.5 adds 333 text rows to the image's."""
     lengths = torch.empty(2, dtype=torch.int64, device="meta")
+    image, both, head = _rows(2, 4096, 1536), _rows(2, 2, 4096, 1536), _rows(64)
+    table = _rows(9, 2, 1, 1536, dtype=torch.float32)
     attend = attention.joint_attention
     joint = _rows(2, 4429, 24, 64)
     x = _rows(2, 16, 128, 128, dtype=torch.float32)
@@ -180,6 +182,12 @@ def _inference() -> dict[str, Callable[[], Any]]:
         "zimage/joint_attention_ragged": lambda: attend(*_qkv(2, 4224, 30, 128), lengths),
         "zimage/solver_step": lambda: solver.solver_step(x, out, **coefficients),
         "sd3/solver_step": lambda: solver.solver_step(x, out, x, c_prev=-0.5, **coefficients),
+        "sd3/gate_residual_norm_2": lambda: norm.gate_residual_norm(
+            image, both, table[2:9:6], table[4], table[3]
+        ),
+        "sd3/qk_norm_rope_tail": lambda: qk_norm_rope.qk_norm_rope(
+            *_qkv(2, 4429, 24, 64)[:2], head, head, tail=(4096, head, head)
+        ),
         "sd3/joint_attention": lambda: attend(joint, joint, joint),
         "sd3/joint_attention_image": lambda: attend(*_qkv(2, 4096, 24, 64)),
     }
