@@ -183,12 +183,11 @@ def gate_residual_norm_fp8(
 
 def _run(inputs: tuple, eps: float, *, norm: bool) -> tuple[Any, Any]:
     """(h, y); h is None without a branch, y without a norm."""
-    grad = torch.is_grad_enabled()
+    inputs, grad = _checked(*inputs), torch.is_grad_enabled()
     if grad and inputs[1] is not None and inputs[1].ndim == 4:
         # Two branches are one pass only without gradients; with them, one after the other.
         x, (first, branch), (gate, last), *rest = inputs
         inputs = (gate_residual(x, first, gate, eps=eps), branch, last, *rest)
-    inputs = _checked(*inputs)
     if grad and any(t is not None and t.requires_grad for t in inputs):
         return _ResidualNorm.apply(*inputs, eps, norm)
     return _forward(inputs, eps, norm, None)
