@@ -20,13 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tdm_kernels import reference, select
+from tdm_kernels.testing import allowed_error, in_double
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.timing import Times, environment, interleaved, report
 
 LIBRARY = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
-ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-8}
 
 
 @dataclass
@@ -81,18 +81,13 @@ def _cases_of(name, b, t, d, heads, h, device, dtype) -> list[Case]:
 def check(case: Case, ops: Any) -> float:
     """Error of the op over what is allowed. Raises RuntimeError above 1."""
     found, like = case.call(ops), case.call(reference)
-    plain, torch.Tensor.float = torch.Tensor.float, torch.Tensor.double  # type: ignore[method-assign]
-    try:  # the reference computes in fp32: lift that
+    with in_double():
         wide = Case(case.op, case.shape, [_double(a) for a in case.args])
         wide.options = {key: _double(value) for key, value in case.options.items()}
         exact = wide.call(reference)
-    finally:
-        torch.Tensor.float = plain  # type: ignore[method-assign]
     worst = 0.0
     for a, b, c in zip(found, like, exact, strict=True):
-        size = float(c.abs().max().clamp(min=1.0))
-        allowed = 2 * float((b.double() - c).abs().max()) + 2 * ULP[a.dtype] * size
-        worst = max(worst, float((a.double() - c).abs().max()) / allowed)
+        worst = max(worst, float((a.double() - c).abs().max() / allowed_error(b, c)))
     if not worst <= 1:
         raise RuntimeError(f"{case.op} at {case.shape} errs {worst:.2g} times what is allowed")
     return worst

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from types import ModuleType, SimpleNamespace
 
-import pytest
 import torch
 from tdm_kernels import reference
-
-ULP = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-8}
+from tdm_kernels.testing import allowed_error, in_double
 
 
 def randn(*shape, seed, dtype=torch.float32, device="cpu"):
@@ -21,17 +19,15 @@ def assert_as_good(found, like, exact):
     """Error against fp64 at most twice the reference's in the same dtype, plus 2 ulp."""
     assert found.shape == exact.shape and found.dtype == like.dtype
     assert found.isfinite().all()
-    size = exact.abs().max().clamp(min=1.0)
     error = (found.double() - exact).abs().max()
-    allowed = 2 * (like.double() - exact).abs().max() + 2 * ULP[found.dtype] * size
-    assert error <= allowed, (error, allowed, size)
+    allowed = allowed_error(like, exact)
+    assert error <= allowed, (error, allowed)
 
 
 def compare(module: ModuleType | SimpleNamespace, op, inputs, options, grad=True):
     """Values and gradients: `module` and reference in the inputs' dtypes, and the truth in fp64."""
     results = [run(fast, op, inputs, options, grad) for fast in (module, reference)]
-    with pytest.MonkeyPatch.context() as patch:  # the reference computes in fp32: lift that
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    with in_double():
         inputs = [None if t is None else t.double() for t in inputs]
         options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
         results.append(run(reference, op, inputs, options, grad))

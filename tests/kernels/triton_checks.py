@@ -11,6 +11,7 @@ import os
 import pytest
 import torch
 from tdm_kernels import attention, glu, norm, qk_norm_rope, reference, solver
+from tdm_kernels.testing import ULP
 
 from tests.kernels import compare as helpers
 from tests.kernels.compare import assert_as_good, compare, run
@@ -151,7 +152,7 @@ def test_autocast_returns_what_the_next_linear_reads():
     with torch.autocast(DEVICE, HALF):
         y = norm.norm_modulate(x)
     like = reference.norm_modulate(x).to(HALF)
-    torch.testing.assert_close(y, like, rtol=helpers.ULP[HALF], atol=0)
+    torch.testing.assert_close(y, like, rtol=ULP[HALF], atol=0)
 
 
 @pytest.mark.parametrize("magnitude", [1e-12, 1e18])
