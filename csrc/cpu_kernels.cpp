@@ -69,12 +69,6 @@ inline float gelu_slope(float x) {
   return s + x * s * (1.0f - s) * (kLinear + 3.0f * kCubic * x * x);
 }
 
-// The same rows `elements` further on: another head, or another modulation.
-inline Rows offset(Rows rows, int64_t elements) {
-  rows.data = static_cast<char*>(rows.data) + elements * (rows.type == Type::bf16 ? 2 : 4);
-  return rows;
-}
-
 template <class T>
 inline T* at(const Rows& rows, int64_t b, int64_t t) {
   return static_cast<T*>(rows.data) + b * rows.batch + t * rows.row;

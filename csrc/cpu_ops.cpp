@@ -116,12 +116,6 @@ void residual_norm_backward(Optional dh, Optional dy, Tensor h, Optional branch,
   run(kernels().residual_norm_backward, p, p.B, p.T * p.D);
 }
 
-Rows rows_from(Rows rows, int64_t first) {
-  const int64_t size = rows.type == Type::f32 ? 4 : 2;
-  rows.data = static_cast<char*>(rows.data) + first * rows.row * size;
-  return rows;
-}
-
 HeadNorm describe(const Tensor& x, const Optional& weight, const Optional& rope, double eps) {
   STD_TORCH_CHECK(x.dim() == 4, "x must be [B, T, N, H]");
   HeadNorm p{};
@@ -151,7 +145,8 @@ void qk_norm(Tensor q, Tensor k, Optional weight_q, Optional weight_k, int64_t t
     HeadNorm p = describe(x, weight, rope, eps);
     p.out = heads_of(out, "out", p.B, p.T, p.N, p.H, p.out_head);
     STD_TORCH_CHECK(first >= 0 && first + count <= p.T, "tail must be from 0 to ", p.T);
-    p.x = rows_from(p.x, first), p.out = rows_from(p.out, first), p.T = count;
+    p.x = offset(p.x, first * p.x.row), p.out = offset(p.out, first * p.out.row);
+    p.T = count;
     run(kernels().head_norm, p, p.B * p.T, p.N * p.H);
   };
   STD_TORCH_CHECK(!tail_q == !tail_k && !(tail_q && rope), "a tail has two weights and no rope");

@@ -15,6 +15,12 @@ struct Rows {
   int64_t row = 0;
 };
 
+// The same rows from an element further on. Static: every instruction set has its own copy.
+static inline Rows offset(Rows rows, int64_t elements) {
+  rows.data = static_cast<char*>(rows.data) + elements * (rows.type == Type::f32 ? 4 : 2);
+  return rows;
+}
+
 // [M, B or 1, 1, D] with unit stride along D; strides in elements, 0 where shared. fp32 on a CPU.
 struct Vectors {
   void* data = nullptr;

@@ -29,6 +29,7 @@ from tdm_kernels.layout import (
     vector_grad,
     weight_grad,
 )
+from tdm_kernels.quantized import version_of
 
 LIBRARY = Path(__file__).parent / "libtdm_kernels.so"
 _PANEL = 32  # kPanel of csrc/cpu.h
@@ -107,9 +108,6 @@ def gate_residual_norm(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`reference.gate_residual_norm`: the residual row is normalised while it is in registers."""
-    if branch_BTD.ndim == 4:  # one after the other: in cache, a pass over a row costs little
-        (first, branch_BTD), (gate, gate_BTD) = branch_BTD, gate_BTD  # type: ignore[misc]
-        x_BTD = gate_residual(x_BTD, first, gate, eps=eps)
     x_BTD, branch_BTD = unit(x_BTD), unit(branch_BTD)
     inputs = (x_BTD, branch_BTD, gate_BTD, branch_weight_D, weight_D, scale_BTD, shift_BTD)
     return _run(inputs, eps, norm=True)
@@ -117,6 +115,11 @@ def gate_residual_norm(
 
 def _run(inputs: tuple, eps: float, *, norm: bool) -> tuple[Any, Any]:
     """(h, y); h is None without a branch, y without a norm."""
+    if inputs[1] is not None and inputs[1].ndim == 4:
+        # Two branches one after the other: in cache, a pass over a row costs little.
+        x, (first, branch), (gate, last), *rest = inputs
+        x, _ = _run((x, first, gate, None, None, None, None), eps, norm=False)
+        inputs = (x, branch, last, *rest)
     if wants_grad(*inputs):
         return _ResidualNorm.apply(*inputs, eps, norm)
     return _forward(inputs, eps, norm, None)
@@ -356,7 +359,7 @@ class PanelLinear:
         half = x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
         if half or torch.compiler.is_compiling():
             return self.plain(x, out)
-        version = sum(source._version for source in self.sources)
+        version = version_of(self.sources)
         if version != self.version:
             native_op("pack_panels")(self.weight, self.panels)
             self.version = version

@@ -57,17 +57,13 @@ class ScaledLinear:
     ) -> None:
         self.weight, self.bias, self.sources = weight_FD, bias_F, tuple(sources)
         self.quantize, self.multiply, self.activate = quantize, multiply, activate
-        self.version = self.current_version()
+        self.version = version_of(self.sources)
         self.quantized = quantize(weight_FD)
         check_product(self.quantized, self.quantized, bias_F)
 
-    def current_version(self) -> int:
-        """Return a number that every in-place update of a source raises."""
-        return sum(source._version for source in self.sources)
-
     def update(self) -> None:
         """Quantise the weight as it is now, in place: CUDA graphs have recorded the addresses."""
-        self.version = self.current_version()
+        self.version = version_of(self.sources)
         fresh = self.quantize(self.weight)
         self.quantized.values.copy_(fresh.values)
         self.quantized.scale.copy_(fresh.scale)
@@ -91,9 +87,14 @@ class ScaledLinear:
         if torch.compiler.is_compiling():
             # A trace sees no versions, and must not keep the weight of its first call.
             return self.quantize(self.weight)
-        if self.version != self.current_version():
+        if self.version != version_of(self.sources):
             self.update()
         return self.quantized
+
+
+def version_of(sources: Sequence[Tensor]) -> int:
+    """Return a number that every in-place update of a source raises."""
+    return sum(source._version for source in sources)
 
 
 def check_product(x: Quantized, weight_FD: Quantized, bias_F: Tensor | None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdm_kernels.native import native_op
+from tdm_kernels.quantized import version_of
 
 _MAX_NUMBERS = 2**15  # in the first input: above, computing takes longer than calling
 _MAX_PROGRAMS = 8  # different shapes kept
@@ -49,7 +50,7 @@ class Recorded:
             return self.call(*inputs) if program is None else program(inputs)
 
     def _program(self, inputs: tuple) -> Program | None:
-        version = sum(source._version for source in self.sources)
+        version = version_of(self.sources)
         if version != self.version:
             self.programs.clear()
             self.version = version

@@ -294,8 +294,7 @@ def solver_step(
     v = sign * unpatchify(out) is the velocity; the rest is `advance`. x and m_prev are fp32 latents
     [B, C, h, w], and so are the results. For inference: no implementation needs a backward pass.
     """
-    v_BChw = unpatchify(out_Bnf, x_BChw.shape[2], x_BChw.shape[3], patch).float()
-    v_BChw = v_BChw if sign == 1 else v_BChw * sign
+    v_BChw = to_velocity(out_Bnf, *x_BChw.shape[2:], patch=patch, sign=sign)
     return advance(x_BChw, v_BChw, m_prev_BChw, sigma=sigma, c_x=c_x, c_m=c_m, c_prev=c_prev)
 
 
@@ -317,6 +316,12 @@ def advance(
     m = x - sigma * v
     x_next = c_x * x + c_m * m
     return (x_next if m_prev is None else x_next + c_prev * m_prev), m
+
+
+def to_velocity(out_Bnf: Tensor, height: int, width: int, *, patch: int, sign: float) -> Tensor:
+    """Return v = sign * unpatchify(out), fp32 [B, C, height, width]."""
+    v_BChw = unpatchify(out_Bnf, height, width, patch).float()
+    return v_BChw if sign == 1 else v_BChw * sign
 
 
 def unpatchify(x_Bnf: Tensor, height: int, width: int, patch: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from tdm_kernels import Ops, select
-from tdm_kernels.reference import unpatchify
+from tdm_kernels.reference import to_velocity
 from tdm_kernels.registry import BACKENDS
 from torch import Tensor, nn
 
@@ -244,8 +244,7 @@ class Transformer(Packable):
     def to_velocity(self, x_BChw: Tensor, out_Bnf: Tensor) -> Tensor:
         """Return v, fp32 and of the shape of the latents x, from what `forward` made of them."""
         height, width = x_BChw.shape[-2:]
-        v_BChw = unpatchify(out_Bnf, height, width, self.config.patch_size).float()
-        return v_BChw if self.sign == 1 else v_BChw * self.sign
+        return to_velocity(out_Bnf, height, width, patch=self.config.patch_size, sign=self.sign)
 
     def project_modulation(self, c: Tensor) -> Tensor:
         """Apply every modulation linear to `c`, results side by side on the last axis.

@@ -4,8 +4,9 @@ import pytest
 import torch
 from tdm_kernels import native, reference, registry
 from tdm_kernels.registry import select
+from tdm_kernels.testing import ULP
 
-from tests.kernels.compare import ULP, assert_as_good, compare, randn
+from tests.kernels.compare import assert_as_good, compare, randn
 
 pytestmark = pytest.mark.skipif(bool(native.load()), reason=f"the native library {native.load()}")
 
@@ -58,6 +59,7 @@ def test_gate_residual_and_norm(b, t, d, dtype, weighted):
     compare(native, "gate_residual_norm", (x, branch, None, scale), {**branch_weight, **weight})
     branches, gates = randn(2, b, t, d, seed=8, dtype=dtype), randn(2, b, 1, d, seed=9)
     compare(native, "gate_residual_norm", (x, branches, gates, scale, shift), weight)
+    compare(native, "gate_residual", (x, branches, gates), {})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
