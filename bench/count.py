@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -149,14 +149,11 @@ def eager(family: str) -> dict[str, Any]:
     t, num_text = torch.empty(1, device="meta"), NUM_TEXT[family]
     with torch.device("meta"):
         if family == "zimage":
-            peer: Any = diffusers.ZImageTransformer2DModel(axes_lens=[1536, 512, 512])
+            peer: Any = diffusers.ZImageTransformer2DModel(axes_lens=list(ZIMAGE.axes_lens))
             text = torch.empty(num_text, 2560, dtype=torch.bfloat16)
             peer.to(torch.bfloat16)
             return count(lambda: peer([x[0][:, None]], t, [text]))
-        peer = diffusers.SD3Transformer2DModel(
-            num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
-            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
-        ).to(torch.bfloat16)  # fmt: skip
+        peer = diffusers.SD3Transformer2DModel(**asdict(SD35M)).to(torch.bfloat16)
         text = torch.empty(1, num_text, 4096, dtype=torch.bfloat16)
         pooled = torch.empty(1, 2048, dtype=torch.bfloat16)
         return count(lambda: peer(x, text, pooled, t))
