@@ -1,5 +1,5 @@
-// What the CPU kernels take: raw rows, no tensors. cpu_kernels.cpp is compiled once per instruction
-// set; cpu_ops.cpp checks tensors and calls the fastest set this machine runs.
+// What the CPU kernels take: raw rows, no tensors. The kernels are compiled once per
+// instruction set (cpu_simd.h); cpu_ops.cpp checks tensors and calls the fastest set this machine runs.
 //
 // Legend: B batch, T tokens, D width, N heads, H head width, M modulations of one norm.
 #pragma once

@@ -102,10 +102,13 @@ def vector_strides(v: Tensor | None) -> tuple[int, int]:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return what the linear after a norm reads: autocast's dtype under autocast."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    if x.is_cpu:  # asked for most often, and the answer must not cost more than a small op
+        kind = "cpu"
+    else:
+        kind = x.device.type
+        if not torch.amp.is_autocast_available(kind):
+            return x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def vector_grad(partial: Tensor | None, vector: Tensor | None) -> Tensor | None:

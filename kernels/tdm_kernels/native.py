@@ -128,16 +128,21 @@ def _run(inputs: tuple, eps: float, *, norm: bool) -> tuple[Any, Any]:
 def _forward(inputs: tuple, eps: float, norm: bool, stats: Tensor | None) -> tuple[Any, Any]:
     x, branch, gate, branch_weight, weight, scale, shift = inputs
     shift = None if scale is None else shift
-    h = None if branch is None else x.new_empty(x.shape)
-    y = None
-    if norm:
-        shape = x.shape if scale is None or scale.ndim == 3 else (scale.shape[0], *x.shape)
-        y = x.new_empty(shape, dtype=product_dtype(x))
+    h = None if branch is None else torch.empty_like(x)
+    y = _normed_like(x, scale) if norm else None
     vectors = [gate, branch_weight, weight, scale, shift]
     if not x.is_cuda:  # those kernels read any type: a cast would be a launch of its own
         vectors = [_float(vector) for vector in vectors]
     native_op("residual_norm")(x, branch, *vectors, eps, h, y, stats)
     return h, y
+
+
+def _normed_like(x: Tensor, scale: Tensor | None) -> Tensor:
+    dtype = product_dtype(x)
+    if scale is not None and scale.ndim == 4:
+        return x.new_empty((scale.shape[0], *x.shape), dtype=dtype)
+    # At tiny shapes every microsecond of a call counts: this is the quickest way to a tensor.
+    return torch.empty_like(x) if dtype == x.dtype else torch.empty_like(x, dtype=dtype)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -229,8 +234,9 @@ def _head_norm(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float
 
 def _heads_like(x: Tensor) -> Tensor:
     # Autocast's attention computes in fp32 on a CPU: handing it fp32 saves the cast.
-    dtype = torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype
-    return x.new_empty(x.shape, dtype=dtype)
+    if torch.is_autocast_enabled("cpu"):
+        return torch.empty_like(x, dtype=torch.float32)
+    return torch.empty_like(x)
 
 
 def _head_norm_forward(x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float) -> Tensor:
@@ -267,7 +273,7 @@ def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    out = gate.new_empty(gate.shape)
+    out = torch.empty_like(gate)
     native_op("swiglu")(gate, up, out)
     return out
 
