@@ -86,6 +86,38 @@ struct Linear {
   bool gelu = false;
 };
 
+// GroupNorm of x [B, P, C] as out = x * scale + shift, both [B, C].
+struct GroupAffine {
+  int64_t P, C, groups;
+  float eps;
+  const float* x;
+  const float* weight;
+  const float* bias;
+  float* scale;
+  float* shift;
+};
+
+// out = W * upsample(silu(x * scale + shift)) + bias + residual, images [B, H, W, channels], C in and
+// O out; kernels of 1 or 3 pixels a side, zeros beyond the edges; scale and shift [B, C] may be
+// absent, and SiLU with them. `upsample` repeats every pixel twice both ways. `panels` is W
+// [O, C, kernel, kernel] cut along O into pieces of kConvPanel, each stored as
+// [kernel, kernel, C, kConvPanel], the last one filled up with zeros; for `upsample` four such, the
+// 2 x 2 kernels that make the pixels at (even, even), (even, odd), (odd, even) and (odd, odd).
+constexpr int64_t kConvPanel = 16;
+
+struct Conv {
+  int64_t H, W, C, O;
+  int64_t kernel;
+  bool upsample;
+  const float* x;
+  const float* scale;
+  const float* shift;
+  const float* panels;
+  const float* bias;
+  const float* residual;
+  float* out;
+};
+
 // One function per kernel and pass; each does the half-open range of the index named first.
 struct Kernels {
   const char* name;
@@ -99,6 +131,8 @@ struct Kernels {
   void (*swiglu_backward)(const Elementwise&, int64_t i0, int64_t i1);
   void (*attention)(const Attention&, int64_t head0, int64_t head1);
   void (*linear)(const Linear&, int64_t item0, int64_t item1);
+  void (*group_affine)(const GroupAffine&, int64_t b0, int64_t b1);
+  void (*conv)(const Conv&, int64_t row0, int64_t row1);
 };
 
 namespace portable {

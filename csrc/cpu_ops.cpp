@@ -250,6 +250,53 @@ void linear(Tensor x, Tensor panels, Optional bias, int64_t N, bool gelu, Tensor
   run(kernels().linear, p, count * chunks, std::min(M, kPanelRows) * kPanel * p.K / 16);
 }
 
+// An [B, H, W, C] fp32 image batch, contiguous.
+float* images_of(const Tensor& x, const char* name, int64_t B, int64_t H, int64_t W, int64_t C) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == B && x.size(1) == H && x.size(2) == W &&
+                      x.size(3) == C,
+                  name, " must be [", B, ", ", H, ", ", W, ", ", C, "]");
+  return floats_of(x, name, B * H * W * C);
+}
+
+void group_affine(Tensor x, Tensor weight, Tensor bias, int64_t groups, double eps, Tensor scale,
+                  Tensor shift) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must be [B, H, W, C]");
+  const int64_t B = x.size(0), P = x.size(1) * x.size(2), C = x.size(3);
+  STD_TORCH_CHECK(groups > 0 && C % groups == 0, groups, " groups do not divide ", C, " channels");
+  const GroupAffine p{P,
+                      C,
+                      groups,
+                      float(eps),
+                      floats_of(x, "x", B * P * C),
+                      floats_of(weight, "weight", C),
+                      floats_of(bias, "bias", C),
+                      floats_of(scale, "scale", B * C),
+                      floats_of(shift, "shift", B * C)};
+  run(kernels().group_affine, p, B, 2 * P * C);
+}
+
+void conv(Tensor x, Optional scale, Optional shift, Tensor panels, Optional bias, Optional residual,
+          int64_t kernel, bool upsample, Tensor out) {
+  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x and out must be [B, H, W, channels]");
+  STD_TORCH_CHECK(kernel == 1 || kernel == 3, "kernels of 1 or 3 pixels a side, not ", kernel);
+  STD_TORCH_CHECK(!upsample || kernel == 3, "upsampling takes a kernel of 3 pixels a side");
+  STD_TORCH_CHECK(!scale == !shift, "scale and shift come together");
+  Conv p{};
+  const int64_t B = x.size(0), times = upsample ? 2 : 1;
+  p.H = x.size(1), p.W = x.size(2), p.C = x.size(3), p.O = out.size(3);
+  p.kernel = kernel, p.upsample = upsample;
+  p.x = images_of(x, "x", B, p.H, p.W, p.C);
+  p.scale = floats_of(scale, "scale", B * p.C), p.shift = floats_of(shift, "shift", B * p.C);
+  const int64_t taps = upsample ? 16 : kernel * kernel;
+  const int64_t columns = (p.O + kConvPanel - 1) / kConvPanel * kConvPanel;
+  p.panels = floats_of(panels, "panels", columns * taps * p.C);
+  p.bias = floats_of(bias, "bias", p.O);
+  p.out = images_of(out, "out", B, times * p.H, times * p.W, p.O);
+  if (residual)
+    p.residual = images_of(*residual, "residual", B, times * p.H, times * p.W, p.O);
+  run(kernels().conv, p, B * p.H, p.W * p.C * columns * taps / 16);
+}
+
 // Programs by number. A program is not changed once it is here.
 std::mutex programs_mutex;
 std::map<int64_t, std::shared_ptr<const Program>> programs;
@@ -306,6 +353,8 @@ STABLE_TORCH_LIBRARY_IMPL(tdm_kernels, CPU, m) {
   m.impl("attention", TORCH_BOX(&tdm::attention));
   m.impl("pack_panels", TORCH_BOX(&tdm::pack_panels));
   m.impl("linear", TORCH_BOX(&tdm::linear));
+  m.impl("group_affine", TORCH_BOX(&tdm::group_affine));
+  m.impl("conv", TORCH_BOX(&tdm::conv));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tdm_kernels, CompositeExplicitAutograd, m) {

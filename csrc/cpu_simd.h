@@ -2,8 +2,10 @@
 // namespace, TDM_LANES the floats of a register. All arithmetic is fp32.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -22,6 +24,8 @@ void swiglu(const SwiGLU&, int64_t row0, int64_t row1);
 void swiglu_backward(const Elementwise&, int64_t i0, int64_t i1);
 void attention(const Attention&, int64_t head0, int64_t head1);
 void linear(const Linear&, int64_t item0, int64_t item1);
+void group_affine(const GroupAffine&, int64_t b0, int64_t b1);
+void conv(const Conv&, int64_t row0, int64_t row1);
 
 using bf16 = uint16_t;
 

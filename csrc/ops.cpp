@@ -31,6 +31,12 @@ STABLE_TORCH_LIBRARY(tdm_kernels, m) {
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor(a!) out) -> ()");
   m.def("pack_panels(Tensor weight, Tensor(a!) panels) -> ()");
   m.def("linear(Tensor x, Tensor panels, Tensor? bias, int N, bool gelu, Tensor(a!) out) -> ()");
+  m.def(
+      "group_affine(Tensor x, Tensor weight, Tensor bias, int groups, float eps, "
+      "Tensor(a!) scale, Tensor(b!) shift) -> ()");
+  m.def(
+      "conv(Tensor x, Tensor? scale, Tensor? shift, Tensor panels, Tensor? bias, "
+      "Tensor? residual, int kernel, bool upsample, Tensor(a!) out) -> ()");
   m.def("record() -> ()");
   m.def("recorded() -> int");
   m.def("replay(int program, int threads) -> ()");

@@ -80,7 +80,7 @@ def load_pipeline(
         transformer.config, "joint_attention_dim" if family == "sd3" else "cap_feat_dim"
     )
     where: dict = {"device": device, "dtype": dtype}
-    vae = load_vae(root, **where)
+    vae = load_vae(root, backend=backend, **where)
     return Pipeline(
         family=family,
         transformer=transformer,

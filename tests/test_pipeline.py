@@ -35,7 +35,7 @@ def test_facts_of_a_directory(sd3_dir, sd3_dpm_dir, zimage_dir):
 
 def test_bfloat16_everywhere(sd3_dir):
     pipeline = load_pipeline(sd3_dir, device="cpu", dtype="bfloat16")
-    assert pipeline.transformer.dtype == pipeline.vae.model.dtype == torch.bfloat16
+    assert pipeline.transformer.dtype == pipeline.vae.dtype == torch.bfloat16
     assert pipeline.text.encode(["a"]).tokens_BTE.dtype == torch.bfloat16
 
 
@@ -156,6 +156,12 @@ class TestRefusals:
         del tensors["decoder.conv_in.bias"]
         save_file(tensors, weights, metadata={"format": "pt"})
         with pytest.raises(LoadError, match="decoder.conv_in.bias"):
+            load_pipeline(copy, device="cpu")
+
+    def test_vae_of_another_kind(self, copy):
+        config = copy / "vae" / "config.json"
+        config.write_text(config.read_text().replace('"silu"', '"gelu"'))
+        with pytest.raises(LoadError, match="act_fn is 'gelu'; supported: silu"):
             load_pipeline(copy, device="cpu")
 
     @pytest.mark.parametrize("lora", ["absent.safetensors"])

@@ -12,7 +12,7 @@ traces, the reference is traced instead.
 The linear multiplies by torch._scaled_mm (cuBLAS or CUTLASS), which asks for compute capability
 8.9, as does the conversion to e4m3. On 8.9 itself Triton converts by way of fp16, truncated: what
 lies less than 2^-10 of itself above a tie rounds down. That keeps within the error bound of
-`reference.quantize_rows`, not to its bits.
+`reference_fp8.quantize_rows`, not to its bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tdm_kernels import reference
+from tdm_kernels import reference_fp8
 from tdm_kernels.glu import MAX_BLOCK, gelu_tanh_of, load_fp32, swiglu_of
 from tdm_kernels.layout import (
     check_rows,
@@ -36,8 +36,8 @@ from tdm_kernels.layout import (
 )
 from tdm_kernels.quantized import Quantized, ScaledLinear, check_product
 
-PER_E4M3_MAX = tl.constexpr(reference.PER_E4M3_MAX)
-SMALLEST_SCALE = tl.constexpr(reference.SMALLEST_SCALE)
+PER_E4M3_MAX = tl.constexpr(reference_fp8.PER_E4M3_MAX)
+SMALLEST_SCALE = tl.constexpr(reference_fp8.SMALLEST_SCALE)
 
 
 @triton.jit
@@ -82,14 +82,14 @@ def quantize_kernel(
 
 @traced_as_reference
 def quantize_rows(x: Tensor) -> Quantized:
-    """`reference.quantize_rows` in one pass; raises ValueError for what is no row of floats."""
+    """`reference_fp8.quantize_rows` in one pass; raises ValueError for what is no row of floats."""
     check_rows("x", x, ndim=max(x.ndim, 2))
     return _quantize(x, None)
 
 
 @traced_as_reference
 def swiglu_fp8(gate_BTF: Tensor, up_BTF: Tensor) -> Quantized:
-    """`reference.swiglu_fp8` in one pass; raises ValueError for shapes that differ."""
+    """`reference_fp8.swiglu_fp8` in one pass; raises ValueError for shapes that differ."""
     check_rows("gate", gate_BTF)
     check_rows("up", up_BTF, like=gate_BTF)
     return _quantize(gate_BTF, up_BTF)
@@ -97,13 +97,13 @@ def swiglu_fp8(gate_BTF: Tensor, up_BTF: Tensor) -> Quantized:
 
 @traced_as_reference
 def gelu_tanh_fp8(x_BTF: Tensor) -> Quantized:
-    """`reference.gelu_tanh_fp8` in one pass."""
+    """`reference_fp8.gelu_tanh_fp8` in one pass."""
     check_rows("x", x_BTF)
     return _quantize(x_BTF, None, gelu=True)
 
 
 def scaled_linear(x: Quantized, weight_FD: Quantized, bias_F: Tensor | None = None) -> Tensor:
-    """`reference.scaled_linear` by torch._scaled_mm, which tracers know; the same ValueErrors."""
+    """`reference_fp8.scaled_linear` by torch._scaled_mm, which tracers know; same ValueErrors."""
     check_product(x, weight_FD, bias_F)
     y_MF = torch._scaled_mm(
         x.values.flatten(0, -2),
@@ -119,7 +119,7 @@ def scaled_linear(x: Quantized, weight_FD: Quantized, bias_F: Tensor | None = No
 def pack_linear_fp8(
     weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor], *, gelu: bool = False
 ) -> Callable[..., Tensor | Quantized]:
-    """`reference.pack_linear_fp8` over the ops above."""
+    """`reference_fp8.pack_linear_fp8` over the ops above."""
     activate = gelu_tanh_fp8 if gelu else None
     return ScaledLinear(weight_FD, bias_F, sources, quantize_rows, scaled_linear, activate)
 

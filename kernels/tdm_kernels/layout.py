@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdm_kernels import reference
+from tdm_kernels import reference, reference_fp8
 
 ATTENTION_HEAD_DIMS = (16, 32, 64, 128)  # what tiles of the tensor cores are made of
 
@@ -20,7 +20,8 @@ def traced_as_reference(op: Callable) -> Callable:
 
     Compilers fuse it themselves, and could not look into a kernel.
     """
-    plain = getattr(reference, op.__name__)
+    home = reference if hasattr(reference, op.__name__) else reference_fp8
+    plain = getattr(home, op.__name__)
 
     @wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:

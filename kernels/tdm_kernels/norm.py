@@ -159,7 +159,7 @@ def norm_modulate_fp8(
     weight_D: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Quantized:
-    """`reference.norm_modulate_fp8`: the row is quantised while it is in registers."""
+    """`reference_fp8.norm_modulate_fp8`: the row is quantised while it is in registers."""
     inputs = _checked(x_BTD, None, None, None, weight_D, scale_BTD, shift_BTD)
     return _forward(inputs, eps, True, None, fp8=True)[1]
 
@@ -176,7 +176,7 @@ def gate_residual_norm_fp8(
     weight_D: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Quantized]:
-    """`reference.gate_residual_norm_fp8`: the row stays in registers from branch to e4m3."""
+    """`reference_fp8.gate_residual_norm_fp8`: the row stays in registers from branch to e4m3."""
     inputs = (x_BTD, branch_BTD, gate_BTD, branch_weight_D, weight_D, scale_BTD, shift_BTD)
     return _forward(_checked(*inputs), eps, True, None, fp8=True)
 

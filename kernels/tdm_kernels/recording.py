@@ -79,6 +79,7 @@ class Program:
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self.inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+            call(*self.inputs)  # warm-up: layers pack their weights now, outside of the recording
             native_op("record")()
             try:
                 with buffers:

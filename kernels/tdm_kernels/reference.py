@@ -1,4 +1,4 @@
-"""Every op of the two transformers in plain PyTorch: the specification of any faster backend.
+"""Every op of the models in plain PyTorch: the specification of any faster backend.
 
 Shapes: B batch, T tokens, S key tokens, D width, N heads, H head width, F feed-forward width.
 
@@ -8,13 +8,6 @@ any strides, are differentiable, and can be compiled and exported. Modulation te
 already holds 1 + s and `gate` its tanh where the model has one, because that work is shared by all
 tokens and done once for all steps. `norm_modulate` also takes two modulations of one norm, scale
 and shift [2, B, 1, D], and then returns [2, B, T, D].
-
-Ops that end in `_fp8` stand in for the op of that name where the linear behind it multiplies e4m3,
-one scale per row. They take the same arguments and return `Quantized` rows, which unpack and tell
-their shape as a tensor does: `registry.select(..., fp8=True)` binds them to the same fields of
-`Ops`, and a model's blocks keep their calls. A keyword on each op would reach every call site and
-every backend, and no backend could say beforehand that it lacks it; fields of their own would put
-the choice at every call. They are for inference: no gradient passes through them.
 """
 
 from __future__ import annotations
@@ -22,24 +15,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdm_kernels.quantized import Quantized, ScaledLinear, check_product
-
 Tail = tuple[int, Tensor, Tensor]
+
+
+class GroupNorm(NamedTuple):
+    """The parameters of `torch.nn.functional.group_norm`."""
+
+    weight_C: Tensor
+    bias_C: Tensor
+    groups: int
+    eps: float
+
 
 # 2 u = x (_GELU_LINEAR + _GELU_CUBIC x^2), with u the argument of GELU's tanh.
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
-
-# A row's largest magnitude becomes the largest e4m3 number. Times this, not divided by 448: devices
-# differ in how they round a division by a constant.
-PER_E4M3_MAX = 1 / 448
-# Rows of zeros, and of numbers too small to scale, keep a scale with a finite reciprocal.
-SMALLEST_SCALE = 2.0**-126
 
 
 def norm_modulate(
@@ -192,6 +188,43 @@ def linear(
     return y if out is None else out.copy_(y)
 
 
+def pack_conv(
+    weight_OCKK: Tensor,
+    bias_O: Tensor | None,
+    sources: Sequence[Tensor],
+    *,
+    norm: GroupNorm | None = None,
+    upsample: bool = False,
+) -> Callable[..., Tensor]:
+    """Return (x, residual=None) -> W * up(act(x)) + b + residual, for inference.
+
+    x [B, H, W, C] and the result [B, H, W, O] are images, channels last; K is odd, what lies beyond
+    an edge is 0. act is SiLU after `norm` where that is given, else nothing; up repeats every pixel
+    twice both ways, if asked. The whole computes in x's dtype. `sources` are the parameters whose
+    storage the weight shares, as for `pack_linear`.
+    """
+    return partial(conv, weight=weight_OCKK, bias=bias_O, norm=norm, upsample=upsample)
+
+
+def conv(
+    x_BHWC: Tensor,
+    residual_BHWO: Tensor | None = None,
+    *,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: GroupNorm | None,
+    upsample: bool,
+) -> Tensor:
+    """What `pack_conv` returns, its weight not yet bound."""
+    x = x_BHWC.movedim(-1, 1)  # to the library, NCHW in the memory format channels_last
+    if norm is not None:
+        x = F.silu(F.group_norm(x, norm.groups, norm.weight_C, norm.bias_C, norm.eps))
+    if upsample:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    y_BHWO = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2).movedim(1, -1)
+    return y_BHWO if residual_BHWO is None else y_BHWO + residual_BHWO
+
+
 def record(call: Callable[..., Tensor], sources: Iterable[Tensor]) -> Callable[..., Tensor]:
     """Return what computes `call`, for inference, perhaps from a recording of the ops it runs.
 
@@ -200,81 +233,6 @@ def record(call: Callable[..., Tensor], sources: Iterable[Tensor]) -> Callable[.
     versions.
     """
     return call
-
-
-def quantize_rows(x: Tensor) -> Quantized:
-    """Return x [..., D] in e4m3: scale = max(amax_D |x| / 448, 2^-126), values = rne(x * 1/scale).
-
-    Of fp32 values directly, never by way of half precision; weights [F, D] get a scale per output.
-    The error of an element is at most max(|x| 2^-4, scale 2^-10), half the distance between e4m3
-    neighbours. Zeros stay zero. A row that holds NaN is NaN as a whole; one that holds an infinity
-    has scale infinity and a NaN value, so it dequantises to NaN, and so does its product.
-    """
-    x = x.float()
-    scale = (x.abs().amax(-1, keepdim=True) * PER_E4M3_MAX).clamp(min=SMALLEST_SCALE)
-    return Quantized((x * scale.reciprocal()).to(torch.float8_e4m3fn).contiguous(), scale)
-
-
-def norm_modulate_fp8(
-    x_BTD: Tensor,
-    scale_BTD: Tensor | None = None,
-    shift_BTD: Tensor | None = None,
-    *,
-    weight_D: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Quantized:
-    """Return quantize_rows(norm_modulate(x, scale, shift))."""
-    y_BTD = norm_modulate(x_BTD.float(), scale_BTD, shift_BTD, weight_D=weight_D, eps=eps)
-    return quantize_rows(y_BTD)
-
-
-def gate_residual_norm_fp8(
-    x_BTD: Tensor,
-    branch_BTD: Tensor,
-    gate_BTD: Tensor | None = None,
-    scale_BTD: Tensor | None = None,
-    shift_BTD: Tensor | None = None,
-    *,
-    branch_weight_D: Tensor | None = None,
-    weight_D: Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Quantized]:
-    """Return (h, quantize_rows(y)), h and y those of gate_residual_norm."""
-    h_BTD = gate_residual(x_BTD, branch_BTD, gate_BTD, branch_weight_D=branch_weight_D, eps=eps)
-    return h_BTD, norm_modulate_fp8(h_BTD, scale_BTD, shift_BTD, weight_D=weight_D, eps=eps)
-
-
-def swiglu_fp8(gate_BTF: Tensor, up_BTF: Tensor) -> Quantized:
-    """Return quantize_rows(swiglu(gate, up)); Z-Image's rows exceed what fp16 can hold."""
-    return quantize_rows(swiglu(gate_BTF.float(), up_BTF))
-
-
-def gelu_tanh_fp8(x_BTF: Tensor) -> Quantized:
-    """Return quantize_rows(gelu_tanh(x))."""
-    return quantize_rows(gelu_tanh(x_BTF.float()))
-
-
-def scaled_linear(x: Quantized, weight_FD: Quantized, bias_F: Tensor | None = None) -> Tensor:
-    """Return x W^T + b as bf16 [..., F]: products summed in fp32, then scaled by row and column.
-
-    Raises ValueError unless F and D are multiples of 16, what tensor cores ask of e4m3, x has rows
-    of D, and b is [F].
-    """
-    check_product(x, weight_FD, bias_F)
-    y = F.linear(x.values.float(), weight_FD.values.float()) * x.scale * weight_FD.scale.mT
-    return (y if bias_F is None else y + bias_F.float()).bfloat16()
-
-
-def pack_linear_fp8(
-    weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor], *, gelu: bool = False
-) -> Callable[..., Tensor | Quantized]:
-    """Return (x, out=None) -> scaled_linear(x, quantize_rows(W), b), or gelu_tanh_fp8 of that.
-
-    Plain rows x, as attention's are, are quantised first. Raises ValueError as scaled_linear does,
-    and for `out` with `gelu`. `sources` are those of `pack_linear`.
-    """
-    activate = gelu_tanh_fp8 if gelu else None
-    return ScaledLinear(weight_FD, bias_F, sources, quantize_rows, scaled_linear, activate)
 
 
 def solver_step(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from tdm_kernels import native, native_cuda, reference
+from tdm_kernels import native, native_cuda, reference, reference_fp8
 from tdm_kernels.layout import ATTENTION_HEAD_DIMS
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class Ops:
     gelu_tanh: Callable
     joint_attention: Callable
     pack_linear: Callable
+    pack_conv: Callable
     record: Callable
     solver_step: Callable
 
@@ -164,6 +165,7 @@ IMPLS = (
     *(_triton_impl(op, fn) for op, fn in TRITON_OPS.items()),
     *(Impl(op, "native", getattr(native, op), _native, True, "cpu") for op in NATIVE_OPS),
     Impl("record", "native", "tdm_kernels.recording:record", _native, True, "cpu"),
+    Impl("pack_conv", "native", "tdm_kernels.conv:pack_conv", _native, True, "cpu"),
     *(
         Impl(
             op, "native", getattr(native_cuda, op, getattr(native, op)), _native_cuda, False, "cuda"
@@ -173,7 +175,7 @@ IMPLS = (
     *(Impl(op, "reference", getattr(reference, op), _always, grad=True) for op in OP_NAMES),
     *(Impl(FP8_NAMES[op], "triton", fn, _triton_fp8, grad=False) for op, fn in FP8_OPS.items()),
     *(
-        Impl(op, "reference", getattr(reference, op), _always, grad=False)
+        Impl(op, "reference", getattr(reference_fp8, op), _always, grad=False)
         for op in FP8_NAMES.values()
     ),
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from tdm_kernels import fp8, glu, norm, reference
+from tdm_kernels import fp8, glu, norm, reference_fp8
 from triton.runtime import interpreter
 
 from tests.kernels.test_fp8 import assert_within_half_a_step
@@ -63,18 +63,18 @@ def check(found, plain, exact):
     """`plain` is the row from the unfused kernel, in fp32; `exact` the truth in fp64."""
     assert_within_half_a_step(found, exact, slack=1e-5)
     if INTERPRETED:  # a compiler may fuse the two kernels' products and sums differently
-        assert_same_rows(found, reference.quantize_rows(plain))
+        assert_same_rows(found, reference_fp8.quantize_rows(plain))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantize_rows(shape, dtype):
     x = inside_nan(randn(*shape, seed=1, dtype=dtype) * 6e3)
-    assert_same_rows(fp8.quantize_rows(x), reference.quantize_rows(x))
+    assert_same_rows(fp8.quantize_rows(x), reference_fp8.quantize_rows(x))
     weight = x[0]
-    assert_same_rows(fp8.quantize_rows(weight), reference.quantize_rows(weight))
+    assert_same_rows(fp8.quantize_rows(weight), reference_fp8.quantize_rows(weight))
     swapped = x.transpose(0, 1)
-    assert_same_rows(fp8.quantize_rows(swapped), reference.quantize_rows(swapped))
+    assert_same_rows(fp8.quantize_rows(swapped), reference_fp8.quantize_rows(swapped))
 
 
 def test_rows_that_cannot_be_scaled():
@@ -84,7 +84,7 @@ def test_rows_that_cannot_be_scaled():
     x[0, 5] *= 1e-39
     x[0, 6] *= 6e37
     found = fp8.quantize_rows(x)
-    assert_same_rows(found, reference.quantize_rows(x))
+    assert_same_rows(found, reference_fp8.quantize_rows(x))
     assert found.values[0, 2].isnan().all()
     ones = torch.ones_like(x)
     for rows in (fp8.swiglu_fp8(ones, x), fp8.gelu_tanh_fp8(x), norm.norm_modulate_fp8(x)):
@@ -159,7 +159,7 @@ def test_scaled_linear(rows):
     linear = fp8.pack_linear_fp8(weight, bias, [weight])
     x = inside_nan(randn(2, rows, d, seed=3) * 1e4)
     quantized = fp8.quantize_rows(x)
-    found, like = linear(quantized), reference.scaled_linear(quantized, linear.quantized, bias)
+    found, like = linear(quantized), reference_fp8.scaled_linear(quantized, linear.quantized, bias)
     assert torch.equal(found, linear(x)) and found.dtype == torch.bfloat16
     exact = quantized.values.double() * quantized.scale.double()
     exact = exact @ (linear.quantized.values.double() * linear.quantized.scale.double()).mT

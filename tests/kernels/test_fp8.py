@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tdm_kernels import reference, registry
+from tdm_kernels import reference_fp8 as plain
 from tdm_kernels.quantized import Quantized
 from torch.nn import functional as F
 
@@ -43,7 +44,7 @@ def test_every_e4m3_number_survives():
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     row = codes[~codes.float().isnan()]
     for exponent in (-100, -3, 0, 7, 100):
-        found = reference.quantize_rows(row.float()[None] * 2.0**exponent)
+        found = plain.quantize_rows(row.float()[None] * 2.0**exponent)
         assert found.scale.item() == 2.0**exponent
         assert torch.equal(found.values[0].view(torch.uint8), row.view(torch.uint8))
 
@@ -51,7 +52,7 @@ def test_every_e4m3_number_survives():
 def test_rounds_halves_to_even_and_from_fp32():
     x = torch.tensor([[448.0, 1.0625, 1.1875, -1.0625, 1.0625 + 2**-12, 2**-10, 3 * 2**-10, 447]])
     like = torch.tensor([[448, 1, 1.25, -1, 1.125, 0, 2**-8, 448]])
-    assert torch.equal(reference.quantize_rows(x).values.float(), like)
+    assert torch.equal(plain.quantize_rows(x).values.float(), like)
     assert x.bfloat16()[0, 4] == 1.0625  # by way of bf16 it would have become 1
 
 
@@ -61,12 +62,12 @@ def test_rounds_halves_to_even_and_from_fp32():
 def test_quantize_rows(num_tokens, magnitude, dtype):
     x = magnitude * torch.rand(2, num_tokens, D, generator=torch.Generator().manual_seed(1))
     x = (x * randn(2, num_tokens, D, seed=2).sign() * torch.logspace(-6, 0, D)).to(dtype)
-    found = reference.quantize_rows(x)
+    found = plain.quantize_rows(x)
     assert_within_half_a_step(found, x)
-    again = reference.quantize_rows(found.dequantize())
+    again = plain.quantize_rows(found.dequantize())
     assert torch.equal(again.values.float(), found.values.float())
     torch.testing.assert_close(again.scale, found.scale, rtol=2**-22, atol=0)
-    strided = reference.quantize_rows(x.transpose(0, 1)).values
+    strided = plain.quantize_rows(x.transpose(0, 1)).values
     assert strided.is_contiguous()
     assert torch.equal(strided.float(), found.values.float().transpose(0, 1))
 
@@ -74,14 +75,14 @@ def test_quantize_rows(num_tokens, magnitude, dtype):
 def test_rows_that_cannot_be_scaled():
     nan, inf = float("nan"), float("inf")
     x = torch.tensor([[0, 0, 0], [1e-40, 0, 0], [3e38, 1e38, 0], [1, nan, 0], [1, inf, 0]])
-    found = reference.quantize_rows(x)
+    found = plain.quantize_rows(x)
     assert found.scale[:2].eq(2.0**-126).all() and found.scale[:3].isfinite().all()
     assert torch.equal(found.values[0].float(), torch.zeros(3))
     assert_within_half_a_step(Quantized(found.values[:3], found.scale[:3]), x[:3])
     assert found.values[3].isnan().all() and found.dequantize()[3:].isnan().all()
-    weight = reference.quantize_rows(randn(16, 16, seed=1))
-    rows = reference.quantize_rows(F.pad(x, (0, 13)))
-    out = reference.scaled_linear(rows, weight)
+    weight = plain.quantize_rows(randn(16, 16, seed=1))
+    rows = plain.quantize_rows(F.pad(x, (0, 13)))
+    out = plain.scaled_linear(rows, weight)
     assert out[:2].isfinite().all() and out[3:].isnan().all()
 
 
@@ -95,42 +96,42 @@ def test_producers(num_tokens, dtype):
     x, f = (randn(2, num_tokens, D, seed=s, dtype=dtype) * 3 for s in (1, 2))
     gate, scale, shift = (randn(2, 1, D, seed=s) for s in (3, 4, 5))
     weight = randn(D, seed=6)
-    found = reference.norm_modulate_fp8(x, scale, shift)
+    found = plain.norm_modulate_fp8(x, scale, shift)
     assert_within_half_a_step(found, layer_norm(x) * scale + shift)
-    h, found = reference.gate_residual_norm_fp8(
+    h, found = plain.gate_residual_norm_fp8(
         x, f, gate, scale, branch_weight_D=weight, weight_D=weight
     )
     like = reference.gate_residual(x, f, gate, branch_weight_D=weight)
     assert torch.equal(h, like)
     like = F.rms_norm(h.double(), (D,), weight.double(), 1e-6) * scale
     assert_within_half_a_step(found, like)
-    assert_within_half_a_step(reference.swiglu_fp8(x, f), F.silu(x.double()) * f.double())
+    assert_within_half_a_step(plain.swiglu_fp8(x, f), F.silu(x.double()) * f.double())
     like = F.gelu(x.double(), approximate="tanh")
-    assert_within_half_a_step(reference.gelu_tanh_fp8(x), like)
+    assert_within_half_a_step(plain.gelu_tanh_fp8(x), like)
 
 
 def test_values_beyond_half_precision_are_not_lost():
     gate, up = (torch.full((1, 2, 16), value, dtype=torch.float16) for value in (300.0, 1000.0))
-    found = reference.swiglu_fp8(gate, up)
+    found = plain.swiglu_fp8(gate, up)
     torch.testing.assert_close(found.dequantize(), torch.full((1, 2, 16), 3e5))
 
 
 def test_two_modulations_unpack_as_a_tensor_does():
     x, scale, shift = randn(2, 5, D, seed=1), randn(2, 2, 1, D, seed=2), randn(2, 2, 1, D, seed=3)
-    both = reference.norm_modulate_fp8(x, scale, shift)
+    both = plain.norm_modulate_fp8(x, scale, shift)
     assert both.shape == (2, 2, 5, D) and len(both) == 2
     for found, s, t in zip(both, scale, shift, strict=True):
-        like = reference.norm_modulate_fp8(x, s, t)
+        like = plain.norm_modulate_fp8(x, s, t)
         assert torch.equal(found.dequantize(), like.dequantize())
 
 
-@pytest.mark.parametrize("backend", ["reference", "fp8"])
+@pytest.mark.parametrize("module", ["reference_fp8", "fp8"])
 @pytest.mark.parametrize("num_tokens", TOKENS)
-def test_scaled_linear(num_tokens, backend):
+def test_scaled_linear(num_tokens, module):
     """torch._scaled_mm multiplies on a CPU as well."""
-    module = reference if backend == "reference" else pytest.importorskip("tdm_kernels.fp8")
-    x = reference.quantize_rows(randn(2, num_tokens, D, seed=1) * torch.logspace(-3, 4, D))
-    weight, bias = reference.quantize_rows(randn(32, D, seed=2)), randn(32, seed=3)
+    module = pytest.importorskip(f"tdm_kernels.{module}")
+    x = plain.quantize_rows(randn(2, num_tokens, D, seed=1) * torch.logspace(-3, 4, D))
+    weight, bias = plain.quantize_rows(randn(32, D, seed=2)), randn(32, seed=3)
     exact = (x.values.double() * x.scale) @ (weight.values.double() * weight.scale).mT
     for b in (None, bias.bfloat16()):
         found = module.scaled_linear(x, weight, b)
@@ -140,25 +141,31 @@ def test_scaled_linear(num_tokens, backend):
 
 
 def test_scaled_linear_says_what_it_cannot_multiply():
-    x, weight = (reference.quantize_rows(randn(n, 32, seed=n)) for n in (5, 48))
+    x, weight = (plain.quantize_rows(randn(n, 32, seed=n)) for n in (5, 48))
     for args, message in (
-        ((x, reference.quantize_rows(randn(40, 32, seed=1))), "weight must be .*not \\[40, 32\\]"),
-        ((x, reference.quantize_rows(randn(48, 24, seed=1))), "weight must be .*not \\[48, 24\\]"),
-        ((reference.quantize_rows(randn(5, 16, seed=1)), weight), "x must have rows of 32"),
+        (
+            (x, plain.quantize_rows(randn(40, 32, seed=1))),
+            "weight must be .*not \\[40, 32\\]",
+        ),
+        (
+            (x, plain.quantize_rows(randn(48, 24, seed=1))),
+            "weight must be .*not \\[48, 24\\]",
+        ),
+        ((plain.quantize_rows(randn(5, 16, seed=1)), weight), "x must have rows of 32"),
         ((x, weight, randn(32, seed=1)), "bias must be \\[48\\], not \\[32\\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            reference.scaled_linear(*args)
+            plain.scaled_linear(*args)
     with pytest.raises(ValueError, match="weight must be"):
-        reference.pack_linear_fp8(randn(10, 32, seed=1), None, [])
+        plain.pack_linear_fp8(randn(10, 32, seed=1), None, [])
 
 
 def test_packed_linear_follows_its_weight_and_takes_plain_rows():
     weight, bias = torch.nn.Parameter(randn(32, D, seed=1)), randn(32, seed=2)
-    linear = reference.pack_linear_fp8(weight.detach(), bias, [weight])
+    linear = plain.pack_linear_fp8(weight.detach(), bias, [weight])
     x = randn(2, 5, D, seed=3)
     found = linear(x)
-    assert torch.equal(found, linear(reference.quantize_rows(x)))
+    assert torch.equal(found, linear(plain.quantize_rows(x)))
     error = (found.float() - F.linear(x, weight, bias)).detach()
     assert error.square().mean() < 0.05**2 * D  # 3.7% of each of D products of variance 1
     values, version = linear.quantized.values, linear.quantized.values._version
@@ -173,11 +180,11 @@ def test_packed_linear_follows_its_weight_and_takes_plain_rows():
 
 def test_packed_linear_writes_where_it_is_told_and_activates():
     weight, bias, x = randn(32, D, seed=1), randn(32, seed=2), randn(2, 5, D, seed=3)
-    linear = reference.pack_linear_fp8(weight, bias, [weight])
+    linear = plain.pack_linear_fp8(weight, bias, [weight])
     rows = torch.zeros(2, 9, 32)
     linear(x, rows[:, 4:])
     assert torch.equal(rows[:, 4:], linear(x).float()) and not rows[:, :4].any()
-    activated = reference.pack_linear_fp8(weight, bias, [weight], gelu=True)
+    activated = plain.pack_linear_fp8(weight, bias, [weight], gelu=True)
     assert_within_half_a_step(activated(x), F.gelu(linear(x).double(), approximate="tanh"))
     with pytest.raises(ValueError, match="out cannot receive activated rows"):
         activated(x, rows[:, 4:])
@@ -186,7 +193,7 @@ def test_packed_linear_writes_where_it_is_told_and_activates():
 def test_select_binds_the_quantised_forms():
     ops = registry.select("auto", "cpu", grad=False, fp8=True)
     for op in registry.FP8_OPS:
-        assert getattr(ops, op) is getattr(reference, f"{op}_fp8")
+        assert getattr(ops, op) is getattr(plain, f"{op}_fp8")
     assert ops.joint_attention is registry.select("auto", "cpu", grad=False).joint_attention
     with pytest.raises(ValueError, match="swiglu_fp8: reference has no backward pass"):
         registry.select("auto", "cpu", fp8=True)
@@ -217,11 +224,11 @@ def test_triton_asks_for_a_device_that_knows_e4m3(monkeypatch):
 
 def test_compiles_in_one_graph():
     weight = randn(32, D, seed=1)
-    linear = reference.pack_linear_fp8(weight, None, [weight])
-    activated = reference.pack_linear_fp8(weight, None, [weight], gelu=True)
+    linear = plain.pack_linear_fp8(weight, None, [weight])
+    activated = plain.pack_linear_fp8(weight, None, [weight], gelu=True)
 
     def block(x):
-        h, y = reference.gate_residual_norm_fp8(x, x)
+        h, y = plain.gate_residual_norm_fp8(x, x)
         return h, linear(y), linear(x), activated(y).dequantize()
 
     x = randn(2, 5, D, seed=2)

@@ -8,20 +8,10 @@ from tdm_kernels.testing import ULP
 
 from tests.kernels.compare import assert_as_good, compare, randn
 
-pytestmark = pytest.mark.skipif(bool(native.load()), reason=f"the native library {native.load()}")
-
-
-@pytest.fixture(autouse=True, params=["avx512", "avx2", "portable"])
-def instruction_set(request):
-    """Every test runs once with each set of kernels this machine can execute."""
-    fastest = native.instruction_set()
-    try:
-        native.use_instruction_set(request.param)
-    except RuntimeError:
-        pytest.skip(f"this machine does not run {request.param}")
-    yield request.param
-    native.use_instruction_set(fastest)
-
+pytestmark = [
+    pytest.mark.skipif(bool(native.load()), reason=f"the native library {native.load()}"),
+    pytest.mark.usefixtures("instruction_set"),
+]
 
 DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [(1, 1, 24), (3, 63, 192), (2, 77, 200), (1, 1000, 64)]
