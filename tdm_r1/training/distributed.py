@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from tdm_r1.config import Optimizer
 from tdm_r1.training import optimizer as optimizers
@@ -96,3 +96,56 @@ def wrap(
         config=settings,
     )
     return engine
+
+
+def optimizer_state(engine) -> tuple[dict[str, Tensor], list[int]]:
+    """`optimizer.state_tensors` of an engine, the same for every ZeRO stage and number of ranks.
+
+    Every rank has to call it: what ZeRO has cut into shares is put together again.
+    """
+    sharded = engine.optimizer
+    if not _is_sharded(sharded):
+        return optimizers.state_tensors(sharded)
+    tensors: dict[str, Tensor] = {}
+    steps: list[int] = []
+    for group, parameters in enumerate(sharded.bit16_groups):
+        share = sharded.single_partition_of_fp32_groups[group]
+        state = sharded.optimizer.state.get(share, {})
+        for parameter in parameters:
+            for slot in sorted(set(state) - {"step"}):
+                whole = parameter.get_full_hp_param(slot)
+                tensors[f"{len(steps):05d}.{slot}"] = whole
+            steps.append(int(state.get("step", 0)))
+    return tensors, steps
+
+
+@torch.no_grad()
+def load_optimizer_state(engine, tensors: Mapping[str, Tensor], steps: list[int]) -> None:
+    """Inverse of `optimizer_state`, after the parameters have their values.
+
+    Raises ValueError if the parameters are not as many.
+    """
+    sharded = engine.optimizer
+    if not _is_sharded(sharded):
+        return optimizers.load_state(sharded, tensors, steps)
+    count = sum(map(len, sharded.bit16_groups))
+    if count != len(steps):
+        raise ValueError(f"the checkpoint's optimizer has {len(steps)} tensors, this one {count}")
+    slots = sorted({name.split(".", 1)[1] for name in tensors})
+    first = 0
+    for group, parameters in enumerate(sharded.bit16_groups):
+        share = sharded.single_partition_of_fp32_groups[group]
+        if steps[first]:
+            empty = {slot: torch.zeros_like(share) for slot in slots}
+            sharded.optimizer.state[share] = {"step": torch.tensor(float(steps[first])), **empty}
+        first += len(parameters)
+    if any(steps):
+        sharded._lazy_init_hp_params_optimizer_state()  # what its first step does: views of shares
+    for index, parameter in enumerate(p for group in sharded.bit16_groups for p in group):
+        parameter.set_full_hp_param(parameter)  # the fp32 copy that its step starts from
+        for slot in slots if steps[index] else ():
+            parameter.set_full_hp_param(tensors[f"{index:05d}.{slot}"], slot)
+
+
+def _is_sharded(optimizer) -> bool:
+    return hasattr(optimizer, "single_partition_of_fp32_groups")

@@ -23,7 +23,7 @@ from tdm_r1.errors import ConfigError, LoadError, RewardError, TdmError
 from tdm_r1.models.loading import load_transformer, save_transformer
 from tdm_r1.models.lora import load_lora_file, save_lora
 from tdm_r1.pipeline import load_pipeline
-from tdm_r1.training import checkpoint, distributed, optimizer
+from tdm_r1.training import checkpoint, distributed
 from tdm_r1.training.evaluate import Evaluator
 from tdm_r1.training.progress import Progress
 from tdm_r1.training.roles import TRAINED, Role, build_roles, follow
@@ -178,17 +178,19 @@ class Trainer:
         return result
 
     def save_checkpoint(self) -> None:
-        """Write roles, copies, optimizers (ZeRO 0) and position of the last whole iteration."""
+        """Write roles, copies, optimizers and position of the last whole iteration."""
+        optimizers = {
+            name: distributed.optimizer_state(engine) for name, engine in self.engines.items()
+        }
         if distributed.rank() == 0:
             tensors: dict[str, Mapping[str, torch.Tensor]] = {
                 name: role.tensors() for name, role in self.roles.items() if name != "base"
             }
             state: dict[str, Any] = {"iteration": self.iteration, **self._identity()}
             state["method"] = self.method.state() if hasattr(self.method, "state") else {}
-            if self.recipe.zero_stage == 0:
-                for name, engine in self.engines.items():
-                    tensors[f"optimizer-{name}"], steps = optimizer.state_tensors(engine.optimizer)
-                    state[f"optimizer-{name}"] = steps
+            for name, (moments, steps) in optimizers.items():
+                tensors[f"optimizer-{name}"] = moments
+                state[f"optimizer-{name}"] = steps
             path = checkpoint.checkpoint_path(self.output, self.iteration)
             checkpoint.save_checkpoint(path, tensors, state, keep_last=self.recipe.keep_checkpoints)
         distributed.barrier()
@@ -200,11 +202,6 @@ class Trainer:
     def _resume(self, path: Path | None) -> None:
         if path is None:
             raise LoadError(f"nothing to resume: no checkpoint in {self.output}")
-        if self.recipe.zero_stage:
-            raise ConfigError(
-                f"--resume needs zero_stage 0; got {self.recipe.zero_stage}: "
-                "partitioned optimizers are not in the checkpoint"
-            )
         tensors, state = checkpoint.load_checkpoint(path)
         for key, value in self._identity().items():
             if state[key] != value:
@@ -212,12 +209,11 @@ class Trainer:
         for name, role in self.roles.items():
             _load_tensors(role, tensors.get(name, {}), path) if name != "base" else None
         for name, engine in self.engines.items():
-            if f"optimizer-{name}" in tensors:
-                steps = state[f"optimizer-{name}"]
-                try:
-                    optimizer.load_state(engine.optimizer, tensors[f"optimizer-{name}"], steps)
-                except ValueError as error:
-                    raise LoadError(f"{path}: {name}: {error}") from error
+            key = f"optimizer-{name}"
+            try:
+                distributed.load_optimizer_state(engine, tensors[key], state[key])
+            except ValueError as error:
+                raise LoadError(f"{path}: {name}: {error}") from error
         self.iteration = state["iteration"]
         if state["method"]:
             self.method.load_state(state["method"])
