@@ -10,9 +10,10 @@ model's meaning. Z-Image: Qwen3 on the chat template, output of the last layer b
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,42 @@ class TextEncoder:
         raise NotImplementedError
 
 
+class ClipFeatures(nn.Module):
+    """A CLIP text encoder: the penultimate layer of every token, and the projected pooled text."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.model(ids_BT, output_hidden_states=True)
+        return out.hidden_states[-2], out.text_embeds
+
+
+class T5Features(nn.Module):
+    """A T5 encoder's last layer, without its mask, as in diffusers: padding is attended."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return self.model(ids_BT).last_hidden_state
+
+
+class QwenFeatures(nn.Module):
+    """Qwen3 without its last layer and final norm: the feature is the input of that layer."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        model.layers = model.layers[:-1]
+        model.norm = nn.Identity()
+        self.model = model
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return self.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+
+
 class SD3TextEncoder(TextEncoder):
     """CLIP-L, CLIP-G and T5; `t5` None gives zeros in its place, as in diffusers."""
 
@@ -103,7 +140,11 @@ class SD3TextEncoder(TextEncoder):
         t5_length: int | None = None,
         **kwargs,
     ) -> None:
-        """`clips` and `t5` are (tokenizer, model) pairs; `width` is E; `t5_length` the T of T5."""
+        """`width` is E; `t5_length` the T of T5.
+
+        `clips` are (tokenizer, `ClipFeatures`) and `t5` is (tokenizer, `T5Features`), or what
+        computes the same.
+        """
         super().__init__(**kwargs)
         self.clips, self.t5, self.width = clips, t5, width
         self.clip_length = clips[0][0].model_max_length
@@ -118,17 +159,14 @@ class SD3TextEncoder(TextEncoder):
         return list(zip(tokens_BTE.unbind(), torch.cat(pooled, dim=-1).unbind(), strict=True))
 
     def _run_clip(self, pair: tuple, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        tokenizer, model = pair
-        out = model(self._ids(tokenizer, prompts, self.clip_length), output_hidden_states=True)
-        return out.hidden_states[-2], out.text_embeds
+        tokenizer, features = pair
+        return features(self._ids(tokenizer, prompts, self.clip_length))
 
     def _run_t5(self, prompts: list[str], like_BTE: Tensor) -> Tensor:
         if self.t5 is None:
             return like_BTE.new_zeros(len(prompts), self.t5_length, self.width)
-        tokenizer, model = self.t5
-        # without its mask, as in diffusers: padding is attended
-        out = model(self._ids(tokenizer, prompts, self.t5_length)).last_hidden_state
-        return out.to(like_BTE.dtype)
+        tokenizer, features = self.t5
+        return features(self._ids(tokenizer, prompts, self.t5_length)).to(like_BTE.dtype)
 
     def _ids(self, tokenizer, prompts: list[str], length: int) -> Tensor:
         ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True).input_ids
@@ -136,15 +174,14 @@ class SD3TextEncoder(TextEncoder):
 
 
 class ZImageTextEncoder(TextEncoder):
-    """Qwen3 without its last layer and final norm: the feature is the input of that layer."""
+    """Qwen3 on the chat template."""
 
     family = "zimage"
 
-    def __init__(self, tokenizer, model, **kwargs) -> None:
+    def __init__(self, tokenizer, features: Callable[[Tensor], Tensor], **kwargs) -> None:
+        """`features` is `QwenFeatures`, or what computes the same."""
         super().__init__(**kwargs)
-        model.layers = model.layers[:-1]
-        model.norm = nn.Identity()
-        self.tokenizer, self.model = tokenizer, model
+        self.tokenizer, self.features = tokenizer, features
 
     def _encode(self, prompts: list[str]) -> list[tuple[Tensor, Tensor | None]]:
         texts = [
@@ -161,9 +198,7 @@ class ZImageTextEncoder(TextEncoder):
         # Causal, and padded on the right: no real token sees a pad, so the features need neither
         # 512 tokens nor a mask. Id 0 is as good a pad as any.
         ids = [row + [0] * (longest - len(row)) for row in rows]
-        hidden_BTE = self.model(
-            input_ids=torch.tensor(ids, device=self.device), use_cache=False
-        ).last_hidden_state
+        hidden_BTE = self.features(torch.tensor(ids, device=self.device))
         # a slice would keep the whole batch alive in the cache
         return [(hidden_BTE[i, : len(row)].clone(), None) for i, row in enumerate(rows)]
 
@@ -187,13 +222,17 @@ def load_text_encoder(
         raise ConfigError(f"t5_length is {t5_length}; allowed: 1 to 512")
     where = {"device": device, "dtype": dtype}
     if family == "zimage":
-        return ZImageTextEncoder(*_load_pair(root, "", "AutoModel", **where), device=device)
+        tokenizer, model = _load_pair(root, "", "AutoModel", **where)
+        return ZImageTextEncoder(tokenizer, QwenFeatures(model), device=device)
     names = read_json(root / "model_index.json")
-    clips = [
-        _load_pair(root, suffix, "CLIPTextModelWithProjection", **where) for suffix in ("", "_2")
-    ]
-    has_t5 = any(names.get("text_encoder_3") or ())
-    t5 = _load_pair(root, "_3", "T5EncoderModel", **where) if has_t5 else None
+    clips = []
+    for suffix in ("", "_2"):
+        tokenizer, model = _load_pair(root, suffix, "CLIPTextModelWithProjection", **where)
+        clips.append((tokenizer, ClipFeatures(model)))
+    t5 = None
+    if any(names.get("text_encoder_3") or ()):
+        tokenizer, model = _load_pair(root, "_3", "T5EncoderModel", **where)
+        t5 = tokenizer, T5Features(model)
     return SD3TextEncoder(clips, t5, width=width, t5_length=t5_length, device=device)
 
 
@@ -208,9 +247,9 @@ def _load_pair(root: Path, suffix: str, class_name: str, *, device, dtype) -> tu
             raise LoadError(
                 f"{root} lists a component in {folder.name}/, but there is no such folder"
             )
+    tokenizer = load_tokenizer(tokenizer_dir)
     try:
         with quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
             model, report = getattr(transformers, class_name).from_pretrained(
                 model_dir, dtype=dtype, output_loading_info=True, attn_implementation="sdpa"
             )
@@ -219,6 +258,17 @@ def _load_pair(root: Path, suffix: str, class_name: str, *, device, dtype) -> tu
     if missing := sorted(report["missing_keys"]):
         raise LoadError(f"{model_dir} lacks {len(missing)} tensors, among them {missing[:3]}")
     return tokenizer, model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a tokenizer; LoadError names the folder when it cannot be read."""
+    import transformers
+
+    try:
+        with quiet_transformers():
+            return transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise LoadError(f"cannot load {folder}: {error}") from error
 
 
 @contextmanager

@@ -187,7 +187,10 @@ class SD3Transformer(Transformer):
         c = MLP(features(t)) + MLP(pooled); vectors = W silu(c) + b, all steps in one pass over W.
         """
         features = timestep_features(t_KB).to(self.dtype)
-        temb_KBD = self.time_text_embed.timestep_embedder(features) + context.pooled_BD
+        return self.modulate(self.time_text_embed.timestep_embedder(features) + context.pooled_BD)
+
+    def modulate(self, temb_KBD: Tensor) -> Tensor:
+        """Return `modulation` for the sums of both embeddings."""
         chunks = self.project_modulation(F.silu(temb_KBD)).float()
         table_KMBD = chunks.unflatten(-1, (-1, self.config.dim)).movedim(2, 1)
         return (table_KMBD + self.scale_offsets(chunks.device))[:, :, :, None]

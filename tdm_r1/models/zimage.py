@@ -331,21 +331,29 @@ class ZImageTransformer(Transformer):
 
         Context and modulation have B rows, or one row that serves the whole batch.
         """
-        config, ops = self.config, self.ops
-        b = x_BChw.shape[0]
-        patches = patchify(x_BChw, config.patch_size, self.dtype, channels_last=True)
-        h = self.all_x_embedder[config.patch_key](patches).to(self.dtype)
-        num_image = h.shape[1]
+        h_BnD = self.embed_patches(x_BChw)
+        num_image = h_BnD.shape[1]
         if context.num_image_pads:
-            pads = self.x_pad_token.expand(b, context.num_image_pads, -1)
-            h = torch.cat([h, pads], dim=1)
+            pads = self.x_pad_token.expand(h_BnD.shape[0], context.num_image_pads, -1)
+            h_BnD = torch.cat([h_BnD, pads], dim=1)
+        return self.denoise(h_BnD, context, mod_MB1D, num_image)
+
+    def embed_patches(self, x_BChw: Tensor) -> Tensor:
+        """Return the image rows of fp32 latents, [B, n, D]."""
+        patches = patchify(x_BChw, self.config.patch_size, self.dtype, channels_last=True)
+        return self.all_x_embedder[self.config.patch_key](patches).to(self.dtype)
+
+    def denoise(
+        self, h_BID: Tensor, context: ZImageContext, mod_MB1D: Tensor, num_image: int
+    ) -> Tensor:
+        """Return x0 - eps in patches, of the first `num_image` of the padded image rows."""
         first = 4 * len(self.noise_refiner)
-        h = self.run("refine", h, context.rope_image_BINH, mod_MB1D[:first])
-        h = torch.cat([h, context.text_BPD.expand(b, -1, -1)], dim=1)
+        h = self.run("refine", h_BID, context.rope_image_BINH, mod_MB1D[:first])
+        h = torch.cat([h, context.text_BPD.expand(h.shape[0], -1, -1)], dim=1)
         rope, lengths_B, mod_MB1D = context.rope_joint_BSNH, context.lengths_B, mod_MB1D[first:]
         h = self.run("join", h, rope, mod_MB1D[:-1], lengths_B, num_image)
-        y = ops.norm_modulate(h, mod_MB1D[-1], eps=FINAL_EPS)
-        return self.all_final_layer[config.patch_key].linear(y)
+        y = self.ops.norm_modulate(h, mod_MB1D[-1], eps=FINAL_EPS)
+        return self.all_final_layer[self.config.patch_key].linear(y)
 
     def refine(self, h_BID: Tensor, rope_BINH: Tensor, mod_MB1D: Tensor) -> Tensor:
         """Return the image rows after the refiner's blocks."""
