@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tdm_r1 import flow
 from tdm_r1.errors import ConfigError, closest
+from tdm_r1.exported.loading import is_export, load_exported
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.layers import Transformer
 from tdm_r1.pipeline import Pipeline, load_pipeline
@@ -54,7 +55,8 @@ class Engine:
     def __init__(self, pipeline: Pipeline, *, steps: int = 4, solver: str = "auto") -> None:
         """`solver="auto"` follows the model's stored scheduler.
 
-        Raises ConfigError for an unknown solver or `steps` that `flow.schedule` refuses.
+        Raises ConfigError for an unknown solver, `steps` that `flow.schedule` refuses, or a
+        schedule other than the one that a pipeline is tied to.
         """
         if solver not in SOLVERS:
             raise ConfigError(
@@ -63,6 +65,12 @@ class Engine:
         self.pipeline = pipeline
         name = pipeline.default_solver if solver == "auto" else solver
         self.schedule = flow.schedule(name, steps, pipeline.shift)
+        only = pipeline.schedule
+        if only is not None and only != self.schedule:
+            raise ConfigError(
+                f"steps is {steps} and solver is {name!r}; this export was made for"
+                f" {only.num_steps} steps of {only.solver!r}"
+            )
         self.last_seed: int | None = None
         self._plans: OrderedDict[tuple, _Plan] = OrderedDict()
         self._t_K1 = torch.tensor(self.schedule.timesteps, device=pipeline.device)[:, None]
@@ -79,10 +87,15 @@ class Engine:
         solver: str = "auto",
         backend: str = "auto",
     ) -> Engine:
-        """Load a shipped model, a diffusers-format directory or a Hub id; see `load_pipeline`."""
-        pipeline = load_pipeline(
-            name_or_dir, lora=lora, device=device, dtype=dtype, backend=backend
-        )
+        """Load a shipped model, a diffusers-format directory or a Hub id; see `load_pipeline`.
+
+        `backend="onnx"` opens a directory made by `tdm-r1-export`, and so does "auto" for one.
+        """
+        settings: dict[str, Any] = {"lora": lora, "device": device, "dtype": dtype}
+        if backend == "onnx" or (backend == "auto" and is_export(name_or_dir)):
+            pipeline = load_exported(name_or_dir, **settings)
+        else:
+            pipeline = load_pipeline(name_or_dir, backend=backend, **settings)
         return cls(pipeline, steps=steps, solver=solver)
 
     @property

@@ -22,6 +22,10 @@ class RewardError(TdmError):
     """A reward raised, or returned something other than one finite number per image. Status 1."""
 
 
+class ExportError(TdmError):
+    """A graph could not be made, or does not compute what the Engine does: names it. Status 1."""
+
+
 def closest(name: str, allowed: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"`, x the allowed name nearest to `name`; `""` if none is near."""
     matches = difflib.get_close_matches(str(name), [str(option) for option in allowed], n=1)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tdm_r1.errors import LoadError, closest
+from tdm_r1.flow import Schedule
 from tdm_r1.models.layers import Transformer
 from tdm_r1.models.loading import load_transformer, read_json
 from tdm_r1.models.lora import WEIGHTS_NAME, load_lora_file, merge_lora
@@ -40,6 +41,7 @@ class Pipeline:
     name: str
     path: Path
     lora: Path | None = None  # what was merged into the transformer
+    schedule: Schedule | None = None  # the only one it can follow: an export's; None: any
 
     @property
     def device(self) -> torch.device:

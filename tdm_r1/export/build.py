@@ -1,0 +1,191 @@
+"""A model -> an export directory: graphs, tokenizers, the gate, and last of all the manifest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdm_r1 import __version__
+from tdm_r1.engine import Engine
+from tdm_r1.errors import ConfigError
+from tdm_r1.export.graphs import Axes, make_graphs, traceable
+from tdm_r1.export.onnx_graph import check_installed, write_graph
+from tdm_r1.export.parity import check
+from tdm_r1.exported.loading import open_parts
+from tdm_r1.exported.manifest import Manifest, sha256, write_manifest
+from tdm_r1.exported.session import import_runtime
+from tdm_r1.models.loading import read_json
+from tdm_r1.pipeline import Pipeline, load_pipeline
+
+PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+DEFAULT_BATCH = 4
+# Z-Image's chat template alone takes a dozen tokens, and the gate draws a prompt of a sentence.
+FEWEST_CAPTION_TOKENS = 64
+Say = Callable[[str], None]
+
+
+def export_model(
+    model: str | Path,
+    output: str | Path,
+    *,
+    axes: Axes | None = None,
+    lora: str | Path | None = None,
+    steps: int = 4,
+    solver: str = "auto",
+    say: Say = lambda line: None,
+) -> Manifest:
+    """Write the directory `output` for `Engine.from_pretrained(output, backend="onnx")`.
+
+    `model`, `lora`, `steps` and `solver` as in `Engine.from_pretrained`; the graphs are fp32.
+    `axes` replaces some of `default_axes`. `say` hears of the progress. Everything is written
+    beside `output` under another name, which is given to it when the gate has passed: what is not
+    whole is never there, and is removed on the way out.
+
+    Raises ConfigError for sizes the model does not take, an `output` that exists, or missing
+    packages; LoadError as `load_pipeline` does; ExportError for a graph that cannot be made or
+    differs from the Engine.
+    """
+    output = Path(output).expanduser()
+    if output.exists():
+        raise ConfigError(f"--output is {str(output)!r}, which exists; choose another or remove it")
+    check_installed()
+    import_runtime()  # the gate needs it: better said before the work than after
+    pipeline = load_pipeline(model, lora=lora, device="cpu", dtype="float32")
+    engine = Engine(pipeline, steps=steps, solver=solver)
+    chosen = {**default_axes(pipeline), **(axes or {})}
+    check_axes(pipeline, chosen)
+    with written_whole(output) as root:
+        graphs = _write_graphs(engine, chosen, root, say)
+        for folder in pipeline.path.glob("tokenizer*"):
+            shutil.copytree(folder, root / folder.name)
+        manifest = _manifest(engine, chosen, graphs, root)
+        started = time.perf_counter()
+        exported = Engine(open_parts(root, manifest), steps=steps, solver=solver)
+        manifest = replace(manifest, parity=check(engine, exported, chosen))
+        worst = max(found["error"] for found in manifest.parity["worst"].values())
+        say(f"parity with the Engine: {worst:.1e}, {time.perf_counter() - started:.0f} s")
+        write_manifest(root, manifest)
+    return manifest
+
+
+def default_axes(pipeline: Pipeline) -> Axes:
+    """Sizes from half to one and a half times the default, four images, every prompt there is."""
+    unit, limits, longest = _limits(pipeline)
+    default = pipeline.default_size
+    ends = max(unit, default // 2 // unit * unit), default * 3 // 2 // unit * unit
+    axes = {
+        name: (min(ends[0], limit), min(ends[1], limit))
+        for name, limit in zip(("height", "width"), limits, strict=True)
+    }
+    shortest = 2 if pipeline.family == "zimage" else max(2, longest // 2)
+    return {"batch": (1, DEFAULT_BATCH), **axes, "text": (shortest, longest)}
+
+
+def check_axes(pipeline: Pipeline, axes: Axes) -> None:
+    """Raise ConfigError, naming the option, for an axis that the model cannot have."""
+    unit, limits, longest = _limits(pipeline)
+    if not 1 == axes["batch"][0] <= axes["batch"][1]:
+        raise ConfigError(f"--batch is {axes['batch'][1]}; allowed: a whole number from 1")
+    for option, name, limit in zip(
+        ("--heights", "--widths"), ("height", "width"), limits, strict=True
+    ):
+        low, high = axes[name]
+        if not 0 < low <= high <= limit or low % unit or high % unit:
+            raise ConfigError(
+                f"{option} is {low} {high}; allowed: multiples of {unit}, rising, up to {limit}"
+            )
+    low, high = axes["text"]
+    fewest = FEWEST_CAPTION_TOKENS if pipeline.family == "zimage" else longest
+    if not 2 <= low <= high <= longest or high < fewest:
+        raise ConfigError(
+            f"--text is {low} {high}; allowed: from 2, rising, and at the end {fewest} to {longest}"
+        )
+
+
+@contextmanager
+def written_whole(output: Path) -> Iterator[Path]:
+    """Give a folder beside `output` to write in; it becomes `output` only if all goes well."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    root = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        yield root
+        root.chmod(0o755)
+        os.rename(root, output)
+    except BaseException:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
+
+
+def _limits(pipeline: Pipeline) -> tuple[int, tuple[int, int], int]:
+    """(multiple of height and width, their largest values, the most text tokens)."""
+    config: Any = pipeline.transformer.config
+    unit = pipeline.vae.scale_factor * config.patch_size
+    text: Any = pipeline.text
+    if pipeline.family == "sd3":
+        side = config.pos_embed_max_size * unit
+        return unit, (side, side), text.t5_length
+    frames, rows, cols = config.axes_lens
+    return unit, (rows * unit, cols * unit), min(512, (frames - 2) // 32 * 32)
+
+
+def _write_graphs(engine: Engine, axes: Axes, root: Path, say: Say) -> dict[str, dict]:
+    written = {}
+    with torch.no_grad(), traceable(engine.pipeline.transformer):
+        for graph in make_graphs(engine, axes):
+            started = time.perf_counter()
+            written[graph.name] = write_graph(graph, root)
+            size = sum(path.stat().st_size for path in root.glob(f"{graph.name}.onnx*"))
+            took = time.perf_counter() - started
+            say(f"{graph.name}: {size / 1e6:.1f} MB, {took:.0f} s")
+    return written
+
+
+def _manifest(engine: Engine, axes: Axes, graphs: dict[str, dict], root: Path) -> Manifest:
+    pipeline, text, vae = engine.pipeline, engine.pipeline.text, engine.pipeline.vae
+    lengths = {}
+    if pipeline.family == "sd3":
+        lengths = {name: getattr(text, name) for name in ("width", "clip_length", "t5_length")}
+    source = {
+        str(path.relative_to(pipeline.path)): sha256(path)
+        for path in sorted(pipeline.path.glob("*/*.safetensors"))
+    }
+    if pipeline.lora is not None:
+        source[pipeline.lora.name] = sha256(pipeline.lora)
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return Manifest(
+        family=pipeline.family,
+        model=pipeline.name,
+        lora=None if pipeline.lora is None else pipeline.lora.name,
+        precision="fp32",
+        transformer=read_json(pipeline.path / "transformer" / "config.json"),
+        vae={
+            name: getattr(vae, name) for name in ("latent_channels", "scale_factor", "sample_size")
+        },
+        text=lengths,
+        default_size=pipeline.default_size,
+        shift=pipeline.shift,
+        schedule=engine.schedule,
+        axes=axes,
+        graphs=graphs,
+        files={path.relative_to(root).as_posix(): sha256(path) for path in files},
+        source=source,
+        versions={"tdm_r1": __version__, **{name: _version(name) for name in PACKAGES}},
+        parity={},
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # ONNX Runtime comes under several names
+        return "unknown"

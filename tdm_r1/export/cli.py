@@ -1,0 +1,85 @@
+"""Command line: `tdm-r1-export --model tiny-sd3 --output exported`.
+
+The directory goes to stdout, progress and errors to stderr. Exit status: 0 done, 1 failed (a graph
+that cannot be made, or that differs from the Engine), 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tdm_r1.errors import ConfigError, TdmError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export one model; returns the exit status instead of raising."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has said what is wrong, or printed the help
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        return _export(arguments)
+    except (
+        Exception
+    ) as error:  # the boundary of the program: one line for the user, details on request
+        if arguments.traceback:
+            traceback.print_exc()
+        kind = "" if isinstance(error, TdmError) else f"{type(error).__name__}: "
+        print(f"tdm-r1-export: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tdm-r1-export",
+        description="Write a model as ONNX graphs, checked against the Engine part by part.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="shipped name, directory or Hub id")
+    add("--output", required=True, type=Path, metavar="DIR", help="directory to make")
+    add("--lora", metavar="FILE", help="LoRA to merge, diffusers or PEFT layout")
+    add("--steps", type=int, default=4, help="of the schedule (default: %(default)s)")
+    add("--solver", default="auto", help="auto, euler or dpm2m (default: %(default)s)")
+    add("--batch", type=int, metavar="MOST", help="most images in one call (default: 4)")
+    sizes: dict[str, Any] = {"nargs": 2, "type": int, "metavar": ("LOW", "HIGH")}
+    add("--heights", **sizes, help="pixels (default: half to 1.5 times the model's own)")
+    add("--widths", **sizes, help="pixels (default: as for --heights)")
+    add("--text", **sizes, help="tokens: of SD3 those of T5, of Z-Image those of the prompt")
+    add("--traceback", action="store_true", help="show where an error came from")
+    return parser
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    # torch and the model libraries take seconds; --help should not
+    from tdm_r1.export.build import export_model
+
+    axes = {
+        name: tuple(ends)
+        for name, ends in (
+            ("height", arguments.heights),
+            ("width", arguments.widths),
+            ("text", arguments.text),
+        )
+        if ends is not None
+    }
+    if arguments.batch is not None:
+        axes["batch"] = (1, arguments.batch)
+    export_model(
+        arguments.model,
+        arguments.output,
+        axes=axes,
+        lora=arguments.lora,
+        steps=arguments.steps,
+        solver=arguments.solver,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

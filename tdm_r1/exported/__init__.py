@@ -1,0 +1,1 @@
+"""Exported models as the Engine runs them; `tdm_r1.export` makes them."""

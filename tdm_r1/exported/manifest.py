@@ -1,0 +1,122 @@
+"""`export.json`: what an exported model holds, for which shapes, and how it was checked.
+
+It is written last and carries a digest of itself and of every other file: an interrupted export has
+none, and one that was edited by hand is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tdm_r1 import flow
+from tdm_r1.errors import ConfigError, LoadError
+from tdm_r1.models.loading import read_json
+
+NAME = "export.json"
+FORMAT = 1
+OPTIONS = {"batch": "--batch", "height": "--heights", "width": "--widths", "text": "--text"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `export.json`.
+
+    model: name or directory as asked for; lora: the file that was merged, or None.
+    transformer: config.json of the transformer, with its class name.
+    vae: latent_channels, scale_factor and sample_size of the VAE.
+    text: what the text encoder is built from: its width, and of SD3 the padded lengths.
+    axes: (lowest, highest) of batch (images), height and width (pixels), text (tokens: of SD3 those
+        of T5, of Z-Image those of the prompt in its chat template).
+    graphs: by name, file, inputs and outputs with their axes. files: path -> sha256.
+    source: file of the model -> sha256. parity: what the gate measured.
+    """
+
+    family: str
+    model: str
+    lora: str | None
+    precision: str
+    transformer: dict[str, Any]
+    vae: dict[str, int]
+    text: dict[str, int]
+    default_size: int
+    shift: float
+    schedule: flow.Schedule
+    axes: dict[str, tuple[int, int]]
+    graphs: dict[str, dict[str, Any]]
+    files: dict[str, str]
+    source: dict[str, str]
+    versions: dict[str, str]
+    parity: dict[str, Any]
+
+    def check(self, **sizes: int) -> None:
+        """Raise ConfigError for a size outside its axis, naming the option that widens it."""
+        for name, size in sizes.items():
+            low, high = self.axes[name]
+            if not low <= size <= high:
+                raise ConfigError(
+                    f"{name} is {size}; allowed in this export: {low} to {high}"
+                    f" (tdm-r1-export {OPTIONS[name]} makes another)"
+                )
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write `root/export.json`, its own digest included."""
+    values = {"format": FORMAT, **asdict(manifest)}
+    text = json.dumps({**values, "sha256": _digest(values)}, indent=1)
+    (root / NAME).write_text(text + "\n")
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read `root/export.json` and check every file that it lists.
+
+    Raises LoadError when it is missing, of another format or changed, or when a file is missing or
+    is not the one that was exported. Reads every file once: about a second per gigabyte.
+    """
+    path = root / NAME
+    if not path.is_file():
+        raise LoadError(
+            f"{root} is no export: it has no {NAME}, which an interrupted export does not leave"
+            " and tdm-r1-export writes last"
+        )
+    values = read_json(path)
+    if values.get("format") != FORMAT:
+        raise LoadError(f"{path} has format {values.get('format')!r}; this version reads {FORMAT}")
+    if values.pop("sha256", None) != _digest(values):
+        raise LoadError(f"{path} was changed after the export: its digest differs; export again")
+    del values["format"]
+    values["schedule"] = _schedule(values["schedule"])
+    values["axes"] = {name: tuple(ends) for name, ends in values["axes"].items()}
+    manifest = Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
+    for name, digest in manifest.files.items():
+        if not (root / name).is_file():
+            raise LoadError(f"{root} lacks {name}, which its {NAME} lists")
+        if sha256(root / name) != digest:
+            raise LoadError(f"{root / name} is not the file that was exported: its sha256 differs")
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """SHA-256 of the values, independent of how they are laid out."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _schedule(values: dict[str, Any]) -> flow.Schedule:
+    return flow.Schedule(
+        values["solver"],
+        tuple(values["sigmas"]),
+        tuple(values["timesteps"]),
+        tuple((a, b, c) for a, b, c in values["coefficients"]),
+    )

@@ -1,0 +1,42 @@
+"""One exported graph on ONNX Runtime, tensors in and out. The owner of `onnxruntime`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdm_r1.errors import ConfigError
+
+
+def import_runtime() -> Any:
+    """Return the `onnxruntime` module; ConfigError when it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigError("exports run on ONNX Runtime: pip install onnxruntime") from error
+    return onnxruntime
+
+
+class Session:
+    """An ONNX graph on the CPU, with as many threads as PyTorch has."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError when ONNX Runtime is not installed."""
+        onnxruntime = import_runtime()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        self._names = [given.name for given in self._session.get_inputs()]
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs for `inputs`, both in the graph's order."""
+        feed = {
+            name: tensor.detach().contiguous().numpy()
+            for name, tensor in zip(self._names, inputs, strict=True)
+        }
+        return tuple(torch.from_numpy(output) for output in self._session.run(None, feed))

@@ -1,0 +1,182 @@
+"""What goes wrong around an export: bad input, hands that edit, ops that ONNX lacks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tdm_r1.engine import Engine
+from tdm_r1.errors import ConfigError, ExportError, LoadError
+from tdm_r1.export import build
+from tdm_r1.export.cli import main
+from tdm_r1.export.graphs import Axis, Graph
+from tdm_r1.export.onnx_graph import write_graph
+from tdm_r1.export.parity import sizes_to_try
+from tdm_r1.exported.manifest import NAME
+
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture
+def copy(sd3_export, tmp_path):
+    """An export of one's own, to damage."""
+    return shutil.copytree(sd3_export, tmp_path / "copy")
+
+
+def refused(root, message):
+    with pytest.raises(LoadError, match=message):
+        Engine.from_pretrained(root, backend="onnx")
+
+
+@pytest.mark.slow
+class TestDamagedExports:
+    def test_a_manifest_edited_by_hand(self, copy):
+        values = json.loads((copy / NAME).read_text())
+        values["axes"]["height"][1] = 1024
+        (copy / NAME).write_text(json.dumps(values))
+        refused(copy, "export.json was changed after the export")
+
+    def test_a_manifest_laid_out_anew_is_the_same(self, copy):
+        values = json.loads((copy / NAME).read_text())
+        (copy / NAME).write_text(json.dumps(values, indent=7))
+        assert Engine.from_pretrained(copy, backend="onnx").pipeline.path == copy
+
+    def test_a_file_changed(self, copy):
+        path = copy / "transformer.onnx"
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+        refused(copy, "transformer.onnx is not the file that was exported")
+
+    def test_a_file_missing(self, copy):
+        (copy / "context.onnx").unlink()
+        refused(copy, "lacks context.onnx")
+
+    def test_an_interrupted_export(self, copy):
+        (copy / NAME).unlink()
+        refused(copy, "is no export: it has no export.json")
+
+    def test_another_format(self, copy):
+        values = json.loads((copy / NAME).read_text())
+        (copy / NAME).write_text(json.dumps({**values, "format": 99}))
+        refused(copy, "has format 99")
+
+
+class TestBadInput:
+    def run(self, capsys, *arguments) -> tuple[int, str]:
+        status = main([str(argument) for argument in arguments])
+        error = capsys.readouterr().err.strip()
+        assert "\n" not in error
+        return status, error
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--heights", 40, 64), "--heights is 40 64; allowed: multiples of 16"),
+            (("--widths", 64, 32), "--widths is 64 32; allowed: .* rising"),
+            (("--heights", 64, 512), "--heights is 64 512; allowed: .* up to 256"),
+            (("--batch", 0), "--batch is 0; allowed"),
+            (("--text", 1, 8), "--text is 1 8; allowed: from 2"),
+            (("--solver", "eler"), "Did you mean 'euler'"),
+            (("--lora", "absent.safetensors"), "absent"),
+        ],
+    )
+    def test_options(self, capsys, tmp_path, sd3_dir, options, message):
+        output = tmp_path / "out"
+        status, error = self.run(capsys, "--model", sd3_dir, "--output", output, *map(str, options))
+        assert status == 2 and re.search(message, error), error
+        assert not list(tmp_path.iterdir())
+
+    def test_an_output_that_exists(self, capsys, tmp_path, sd3_dir):
+        status, error = self.run(capsys, "--model", sd3_dir, "--output", tmp_path)
+        assert status == 2 and "which exists" in error
+
+    @pytest.mark.parametrize(
+        ("package", "install"),
+        [("onnxscript", "pip install onnx onnxscript"), ("onnxruntime", "pip install onnxruntime")],
+    )
+    def test_missing_packages(self, capsys, tmp_path, sd3_dir, monkeypatch, package, install):
+        monkeypatch.setitem(sys.modules, package, None)
+        status, error = self.run(capsys, "--model", sd3_dir, "--output", tmp_path / "out")
+        assert status == 2 and error.endswith(install)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_export_that_stops_leaves_nothing(tmp_path, sd3_dir, monkeypatch, stop):
+    def write_half(graph, root):
+        (root / f"{graph.name}.onnx").write_bytes(b"half")
+        raise stop
+
+    monkeypatch.setattr(build, "write_graph", write_half)
+    with pytest.raises(stop if isinstance(stop, type) else type(stop)):
+        build.export_model(sd3_dir, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["sd3", "zimage"])
+def test_default_axes_are_allowed_and_hold_the_default_size(family):
+    pipeline = Engine.from_pretrained(f"tiny-{family}", device="cpu").pipeline
+    axes = build.default_axes(pipeline)
+    build.check_axes(pipeline, axes)
+    for name in ("height", "width"):
+        assert axes[name][0] < pipeline.default_size < axes[name][1]
+    with pytest.raises(ConfigError, match="--text is"):
+        build.check_axes(pipeline, {**axes, "text": (2, 10_000)})
+
+
+def test_sizes_to_try_cover_every_axis_and_stay_on_the_grid():
+    axes = {"batch": (1, 4), "height": (32, 96), "width": (512, 1040), "text": (2, 77)}
+    tried = sizes_to_try(axes, 16)
+    for name, (low, high) in axes.items():
+        sizes = {sizes[name] for sizes in tried}
+        assert {low, high} < sizes and len(sizes) == 3
+    assert all(sizes[name] % 16 == 0 for sizes in tried for name in ("height", "width"))
+
+
+@torch.library.custom_op("tdm_r1_tests::unknown", mutates_args=())
+def unknown(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@unknown.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Inner(nn.Module):
+    def forward(self, x):
+        return unknown(x)
+
+
+class Unknown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Identity(), Inner())
+
+    def forward(self, x):
+        return self.block(x) + 1
+
+
+class Fixed(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.shape[0] == 2 else x
+
+
+class TestGraphsThatCannotBe:
+    def graph(self, module) -> Graph:
+        return Graph("part", module, {"x": (Axis.ranging("batch", 1, 4, 2), 3)}, ("y",))
+
+    def test_an_op_that_onnx_lacks(self, tmp_path):
+        message = (
+            r"part: ONNX has no .*tdm_r1_tests\.unknown.* \(node 'unknown' in module 'block.1'\)"
+        )
+        with pytest.raises(ExportError, match=message):
+            write_graph(self.graph(Unknown()), tmp_path)
+
+    def test_a_size_baked_in(self, tmp_path):
+        with pytest.raises(ExportError, match="part cannot be traced: .*batch"):
+            write_graph(self.graph(Fixed()), tmp_path)
