@@ -74,11 +74,15 @@ def from_comfyui(tensors: Mapping[str, LoraTensors]) -> dict[str, LoraTensors]:
     """Undo `to_comfyui`; names that are ours already pass through.
 
     A B that is block-diagonal is taken apart exactly. One that is not (trained on the fused matrix)
-    keeps its whole A in each of the three. Raises LoadError for a fused B whose rows do not divide.
+    keeps its whole A in each of the three. Raises LoadError for a fused B whose rows do not divide,
+    and for a module that has a fused adapter and one of its own.
     """
     ours: dict[str, LoraTensors] = {}
     for name, entry in tensors.items():
         names = _our_names(name)
+        twice = [known for known in names if known in ours]
+        if twice:
+            raise LoadError(f"LoRA with two adapters for {name_some(twice)}, one of them {name}")
         if len(names) == 1:
             ours[names[0]] = entry
         elif entry.b_Or.shape[0] % len(names):

@@ -104,7 +104,7 @@ def load_lora_file(path: str | Path) -> dict[str, LoraTensors]:
     "lora.down" / "lora.up". Tensors keep the file's dtype. The scale is alpha / r with alpha from,
     in order: a "<module>.alpha" tensor, the file's adapter metadata, an adapter_config.json beside
     it; without any it is 1, as in diffusers. Raises LoadError for an unreadable file, a key of
-    another layout, or half a pair.
+    another layout, half a pair, or two adapters for one module.
     """
     path = _find_lora_file(Path(path))
     try:
@@ -121,7 +121,10 @@ def load_lora_file(path: str | Path) -> dict[str, LoraTensors]:
             unknown.append(key)
         else:
             kind = next(kind for kind in ("a", "b", "alpha") if match[kind])
-            parts.setdefault(match["module"], {})[kind] = tensor
+            part = parts.setdefault(match["module"], {})
+            if kind in part:
+                unknown.append(f"{key} (a second adapter)")
+            part[kind] = tensor
     unknown += [
         f"{name} (half a pair)" for name, part in parts.items() if not {"a", "b"} <= set(part)
     ]

@@ -319,6 +319,14 @@ def test_alpha_comes_from_the_config_beside_a_peft_file(tmp_path):
     [
         (["transformer.m.lora_A.weight"], "half a pair"),
         (["transformer.m.weight"], "transformer.m.weight"),
+        (
+            [f"m.lora_{x}.{name}.weight" for name in ("one", "two") for x in "AB"],
+            "two.weight .a second adapter",
+        ),
+        (
+            [f"layers.0.attention.{m}.lora_{x}.weight" for m in ("out", "to_out.0") for x in "AB"],
+            "two adapters for layers.0.attention.to_out.0",
+        ),
         (["text_encoder.m.lora_A.weight", "text_encoder.m.lora_B.weight"], "text_encoder.m"),
         ([], "empty"),
     ],
