@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tdm-r1", description="Few-step text-to-image models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_convert_lora(commands)
     _add_demo(commands)
     return parser
 
@@ -52,7 +53,7 @@ def _add_generate(commands) -> None:
         default="tiny-sd3",
         help="shipped name, directory or Hub id (default: %(default)s)",
     )
-    add("--lora", metavar="FILE", help="LoRA to merge, diffusers or PEFT layout")
+    add("--lora", metavar="FILE", help="LoRA to merge; any layout that convert-lora reads")
     add("--seed", type=int, help="whole number; drawn and printed when absent")
     add("--height", type=int, help="pixels")
     add("--width", type=int, help="pixels")
@@ -69,6 +70,23 @@ def _add_generate(commands) -> None:
     parser.set_defaults(run=_generate)
 
 
+def _add_convert_lora(commands) -> None:
+    parser = commands.add_parser(
+        "convert-lora",
+        help="write a LoRA in the layout of diffusers, PEFT or ComfyUI",
+        description="Reads those three layouts and the published TDM and TDM-R1 checkpoints.",
+    )
+    add = parser.add_argument
+    add("input", metavar="IN", help=".safetensors file, its directory, or a published .ckpt")
+    add("output", metavar="OUT", help=".safetensors file, or a directory (PEFT: always)")
+    add("--layout", required=True, help="diffusers, peft or comfyui")
+    add("--model", metavar="NAME_OR_DIR",
+        help="model to check the LoRA against; a .ckpt of no published size needs it")  # fmt: skip
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as in IN")
+    add("--traceback", action="store_true", help="show where an error came from")
+    parser.set_defaults(run=_convert_lora)
+
+
 def _add_demo(commands) -> None:
     parser = commands.add_parser(
         "demo", help="watch a tiny generator learn from a black-box reward"
@@ -79,6 +97,26 @@ def _add_demo(commands) -> None:
     )  # fmt: skip
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.set_defaults(run=_demo)
+
+
+def _convert_lora(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from tdm_r1.models.loading import empty_transformer
+    from tdm_r1.models.lora import check_lora
+    from tdm_r1.models.lora_files import write_lora
+    from tdm_r1.models.lora_list import load_lora
+    from tdm_r1.pipeline import find_model
+
+    model = None
+    if arguments.model is not None:
+        model, _ = empty_transformer(find_model(arguments.model)[0])
+    tensors = load_lora(arguments.input, model)
+    if model is not None:
+        check_lora(model, tensors)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    print(write_lora(arguments.output, tensors, arguments.layout, dtype=dtype))
+    return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -62,7 +62,7 @@ class Roles:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Where prompts come from: the embedded world's families, or a text file with one per line."""
+    """Where prompts come from: "shapes" or "geneval" and its families, or a file, one a line."""
 
     source: str = "shapes"
     families: tuple[str, ...] = ("counting", "colours", "position", "attribution")
@@ -129,7 +129,10 @@ class Reinforcement:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Seeded evaluation on EMA weights, every `every` iterations (0: only first and last)."""
+    """Seeded evaluation on EMA weights, every `every` iterations (0: only first and last).
+
+    `num_prompts` 0 takes every prompt of the split once.
+    """
 
     every: int = 0
     families: tuple[str, ...] = ("counting", "colours", "position", "attribution")
@@ -226,14 +229,14 @@ def validate(recipe: Recipe) -> Recipe:
         ("data.batch_size", recipe.data.batch_size),
         ("distillation.fake_updates", recipe.distillation.fake_updates),
         ("rollout.group_size", recipe.rollout.group_size),
-        ("evaluation.num_prompts", recipe.evaluation.num_prompts),
+        ("evaluation.num_prompts", recipe.evaluation.num_prompts + 1),
         ("data.num_pictures", recipe.data.num_pictures),
         ("keep_checkpoints", recipe.keep_checkpoints),
         ("seed", recipe.seed + 1),
     ):
         if value < 1:
-            least = "0" if name == "seed" else "1"
-            raise ConfigError(f"{name} must be at least {least}; got {value - (name == 'seed')}")
+            zero = name in ("seed", "evaluation.num_prompts")
+            raise ConfigError(f"{name} must be at least {0 if zero else 1}; got {value - zero}")
     for name in ("t_min", "t_min_reward"):
         level = getattr(recipe.reinforcement, name)
         if not 0 <= level < 1:

@@ -14,7 +14,9 @@ from tdm_r1.errors import LoadError, closest
 from tdm_r1.flow import Schedule
 from tdm_r1.models.layers import Transformer
 from tdm_r1.models.loading import load_transformer, read_json
-from tdm_r1.models.lora import WEIGHTS_NAME, load_lora_file, merge_lora
+from tdm_r1.models.lora import merge_lora
+from tdm_r1.models.lora_files import WEIGHTS_NAME
+from tdm_r1.models.lora_list import load_lora
 from tdm_r1.text import TextEncoder, load_text_encoder
 from tdm_r1.vae import VAE, load_vae
 
@@ -63,7 +65,8 @@ def load_pipeline(
 
     `name_or_dir`: "tiny-sd3" or "tiny-zimage" (shipped, with their 4-step LoRA merged),
     "tiny-sd3-base" or "tiny-zimage-base" (without it), a directory, or a Hub id. A directory's own
-    LoRA is never applied unasked: `lora` names the file to merge, in place of a shipped one.
+    LoRA is never applied unasked: `lora` names the file to merge (any layout of `load_lora`), in
+    place of a shipped one.
     `weights="base"` loads a shipped name without its LoRA. `device="auto"` takes CUDA when there is
     one; `dtype="auto"` is bfloat16 there and float32 on a CPU. `t5_length` replaces the padded T5
     length of SD3 (256, or the tokenizer's own limit). Raises LoadError for anything that is not a
@@ -72,7 +75,7 @@ def load_pipeline(
     if weights not in ("default", "base"):
         raise LoadError(f"weights is {weights!r}; allowed: 'default', 'base'")
     device, dtype = resolve_device(device), resolve_dtype(dtype, resolve_device(device))
-    root, bundled = _find(name_or_dir)
+    root, bundled = find_model(name_or_dir)
     family = _family(root)
     solver, shift = _sampling(root)
     # A run that starts from the bundled LoRA ends in one that holds it: `lora` replaces it.
@@ -132,12 +135,15 @@ def _load_merged(root: Path, lora: Path | None, *, backend: str, device, dtype) 
     transformer = load_transformer(root, backend=backend, device=device)
     # no coarser than the file nor than the result: fp16 files are common
     transformer.to(dtype=torch.promote_types(transformer.dtype, dtype))
-    merge_lora(transformer, load_lora_file(lora))
+    merge_lora(transformer, load_lora(lora, transformer))
     return transformer.to(dtype=dtype).eval().freeze()
 
 
-def _find(name_or_dir: str | Path) -> tuple[Path, Path | None]:
-    """Return the model's directory and the LoRA that belongs to the name, if any."""
+def find_model(name_or_dir: str | Path) -> tuple[Path, Path | None]:
+    """Return the model's directory and the LoRA that belongs to the name, if any.
+
+    A Hub id is fetched first. Raises LoadError for what is neither of the three.
+    """
     name = str(name_or_dir)
     if name in SHIPPED:
         root = ASSETS / name.removesuffix("-base")

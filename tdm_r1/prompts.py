@@ -11,19 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
-from . import shapes
+from . import geneval, shapes
 from .errors import ConfigError
+
+# name -> (family, split) -> prompts
+LANGUAGES = {"shapes": shapes.captions, "geneval": geneval.prompts}
 
 
 def load_prompts(
     source: str, families: Sequence[str] = (), split: str = "all"
 ) -> tuple[tuple[str, ...], ...]:
-    """Prompts by family. `source`: "shapes" (the embedded world) or a text file, one prompt a line.
+    """Prompts by family. `source`: "shapes" (the embedded world), "geneval" (its tasks are the
+    families, its published prompts the test split) or a text file, one prompt a line.
 
     Raises ConfigError for an unknown family, a missing file, or no prompts at all.
     """
-    if source == "shapes":
-        pools = tuple(shapes.captions(family, split) for family in families)
+    if source in LANGUAGES:
+        pools = tuple(LANGUAGES[source](family, split) for family in families)
         empty = [family for family, pool in zip(families, pools, strict=True) if not pool]
         if empty:
             raise ConfigError(f"families {', '.join(empty)} have no prompts in split {split!r}")
@@ -31,7 +35,8 @@ def load_prompts(
         path = Path(source)
         if not path.is_file():
             raise ConfigError(
-                f"prompts.source must be 'shapes' or a text file; {source!r} is neither"
+                f"prompts.source must be one of {', '.join(LANGUAGES)}, or a text file; "
+                f"{source!r} is neither"
             )
         pools = (tuple(line.strip() for line in path.read_text().splitlines() if line.strip()),)
     if not pools or not all(pools):
@@ -65,7 +70,12 @@ class PromptSampler:
 
 
 def evaluation_prompts(pools: Sequence[Sequence[str]], num_prompts: int) -> list[str]:
-    """A fixed list of `num_prompts`, families in turn, each pool repeated as often as needed."""
+    """A fixed list of `num_prompts`, families in turn, each pool repeated as often as needed.
+
+    0 means every prompt once, which is how GenEval's 553 are evaluated.
+    """
+    if num_prompts == 0:
+        return [prompt for pool in pools for prompt in pool]
     return [
         pools[i % len(pools)][(i // len(pools)) % len(pools[i % len(pools)])]
         for i in range(num_prompts)

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import ConfigError
+from .geneval import holds
 
 SIZE = 64  # pixels
 COLOURS = {
@@ -330,20 +331,6 @@ def _hue(rgb: Sequence[int]) -> float:
     return float(cv2.cvtColor(np.array([[rgb]], np.uint8), cv2.COLOR_RGB2HSV)[0, 0, 0]) * 2
 
 
-def holds(a: Detection, relation: str, b: Detection) -> bool:
-    """GenEval's rule: centre offset less 0.1 of both sizes, its share of the distance above 0.5."""
-    box_a, box_b = np.array(a.box, float), np.array(b.box, float)
-    offset = (box_a[:2] + box_a[2:] - box_b[:2] - box_b[2:]) / 2
-    sizes = (box_a[2:] - box_a[:2]) + (box_b[2:] - box_b[:2])
-    revised = np.maximum(np.abs(offset) - 0.1 * sizes, 0) * np.sign(offset)
-    if np.abs(revised).max() < 1e-3:
-        return False
-    x, y = revised / np.linalg.norm(offset)
-    return bool(
-        {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}[relation]
-    )
-
-
 def check(
     caption: str, image: np.ndarray, read: Callable[[np.ndarray], str] | None = None
 ) -> Verdict:
@@ -375,7 +362,9 @@ def check(
     clauses.append(1.0 / (1.0 + len(found) - used))
     if spec.relation:
         first, second = ([d for d in shapes if d.shape == t.shape] for t in spec.things)
-        clauses.append(float(any(holds(a, spec.relation, b) for a in first for b in second)))
+        clauses.append(
+            float(any(holds(a.box, spec.relation, b.box) for a in first for b in second))
+        )
     strict = float(all(c == 1.0 for c in clauses) and clean > 0.9)
     return Verdict(strict, float(np.mean(clauses)) * clean, seen)
 

@@ -8,7 +8,7 @@ import torch
 
 from tdm_r1 import Engine, shapes
 from tdm_r1.assets import vocabulary
-from tdm_r1.models.lora import WEIGHTS_NAME as BUNDLED_LORA
+from tdm_r1.models.lora_files import WEIGHTS_NAME as BUNDLED_LORA
 from tdm_r1.pipeline import ASSETS
 from tdm_r1.prompts import evaluation_prompts
 

@@ -1,4 +1,4 @@
-"""`python -m tdm_r1 generate`: files written, one line per mistake, exit statuses."""
+"""`python -m tdm_r1`: files written, one line per mistake, exit statuses."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from tdm_r1.__main__ import main
+from tdm_r1.models.loading import empty_transformer
+from tdm_r1.models.lora import TARGETS, find_targets
+from tdm_r1.models.lora_list import load_lora
 
 
 @pytest.fixture
@@ -86,6 +90,52 @@ def test_failure_is_status_1(run, monkeypatch, tmp_path):
     assert (status, out, err) == (1, "", "tdm-r1: RuntimeError: no luck\n")
     _, _, err = run("a", "-o", tmp_path / "out.png", "--traceback")
     assert "Traceback" in err
+
+
+class TestConvertLora:
+    """`convert-lora`: a published list or a file in, one layout out."""
+
+    @pytest.fixture
+    def lists(self, sd3_dir, tmp_path):
+        model, _ = empty_transformer(sd3_dir)
+        values = []
+        for linear in find_targets(model, TARGETS["sd3"]).values():
+            values += [torch.ones(2, linear.in_features), torch.ones(linear.out_features, 2)]
+        torch.save({"ema_parameters": values}, tmp_path / "in.ckpt")
+        return tmp_path / "in.ckpt"
+
+    def test_every_layout_in_turn(self, lists, sd3_dir, tmp_path, capsys):
+        source, expected = lists, load_lora(lists, empty_transformer(sd3_dir)[0])
+        for layout in ("diffusers", "comfyui", "peft", "diffusers"):
+            target = tmp_path / layout
+            arguments = ["convert-lora", source, target, "--layout", layout, "--model", sd3_dir]
+            assert main([*map(str, arguments), "--dtype", "float16"]) == 0
+            (line,) = capsys.readouterr().out.splitlines()
+            assert line.startswith(str(target)) and line.endswith(".safetensors")
+            source = target
+        read = load_lora(source)
+        assert set(read) == set(expected) and all(entry.scale == 2.0 for entry in read.values())
+        assert read[next(iter(read))].a_rI.dtype == torch.float16
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["IN", "out", "--layout", "comfy"], "Did you mean 'comfyui'"),
+            (["IN", "out", "--layout", "peft", "--model", "tiny-sd3"], "this sd3 model needs 94"),
+            (["IN", "out", "--layout", "peft"], "name the model"),
+            (["absent.ckpt", "out", "--layout", "peft"], "absent.ckpt"),
+            (["absent", "out", "--layout", "peft"], "absent"),
+        ],
+    )
+    def test_mistakes(self, lists, sd3_dir, tmp_path, arguments, message, capsys):
+        arguments = [str(lists) if a == "IN" else a for a in arguments]
+        arguments[1] = str(tmp_path / "out")
+        if "comfy" in arguments:
+            arguments += ["--model", str(sd3_dir)]
+        assert main(["convert-lora", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.startswith("tdm-r1: ") and err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
 
 
 def test_help_does_not_import_torch():

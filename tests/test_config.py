@@ -49,6 +49,7 @@ def test_overrides_are_typed(tmp_path):
         ({"iterations": "many"}, [], "iterations must be of type int; got 'many'"),
         ({"iterations": True}, [], "iterations must be of type int"),
         ({"iterations": 0}, [], "iterations must be at least 1"),
+        ({"evaluation": {"num_prompts": -1}}, [], "num_prompts must be at least 0; got -1"),
         ({"roles": "lora"}, [], "roles must be a mapping"),
         ({"zero_stage": 3}, [], "zero_stage must be one of 0, 1, 2"),
         ({"optimizers": {"fake": {"name": "moun"}}}, [], "fake.name.*Did you mean 'muon'"),

@@ -37,6 +37,19 @@ def load_transformer(
     weights are missing, damaged or of another model, naming every tensor that is missing, extra or
     misshapen.
     """
+    model, folder = empty_transformer(path, backend=backend)
+    tensors = read_weights(folder)
+    check_tensors(model, tensors, folder)
+    model.load_state_dict(tensors, assign=True)
+    return model.to(device=device, dtype=dtype or model.dtype)
+
+
+def empty_transformer(path: str | Path, *, backend: str = "auto") -> tuple[Transformer, Path]:
+    """Build a directory's transformer on the meta device: names and shapes, but no weights.
+
+    Also returns the folder that its config.json is in. Raises LoadError when that file is missing,
+    damaged or of another model.
+    """
     folder = Path(path)
     if not (folder / "config.json").is_file() and (folder / "transformer").is_dir():
         folder = folder / "transformer"
@@ -53,11 +66,7 @@ def load_transformer(
         raise LoadError(f"{folder / 'config.json'}: {error}") from error
     # On the meta device nothing is allocated or initialised only to be overwritten.
     with torch.device("meta"):
-        model = model_class(parsed, backend=backend)
-    tensors = read_weights(folder)
-    check_tensors(model, tensors, folder)
-    model.load_state_dict(tensors, assign=True)
-    return model.to(device=device, dtype=dtype or model.dtype)
+        return model_class(parsed, backend=backend), folder
 
 
 def save_transformer(

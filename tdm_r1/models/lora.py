@@ -1,18 +1,14 @@
 """Low-rank adapters: several named ones per linear for training, merged ones for inference.
 
 An adapter adds scale * B A to a weight W [out, in], with A [r, in], B [out, r], scale = alpha / r.
+Files of them: lora_files.py.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,8 +16,6 @@ from torch import Tensor, nn
 from tdm_r1.errors import ConfigError, LoadError, closest
 from tdm_r1.models.layers import Transformer, name_some
 
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-METADATA_KEY = "lora_adapter_metadata"
 # The linears the published TDM-R1 adapters train, as suffixes of module names.
 TARGETS = {
     "sd3": tuple(
@@ -39,11 +33,6 @@ TARGETS = {
     ),
     "zimage": tuple(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
 }
-_PREFIXES = ("base_model.model.", "transformer.")
-_PART = re.compile(
-    r"(?P<module>.+)\.(?:(?P<a>lora_A(?:\.\w+)?\.weight|lora[._]down\.weight)"
-    r"|(?P<b>lora_B(?:\.\w+)?\.weight|lora[._]up\.weight)|(?P<alpha>alpha))"
-)
 
 
 class LoraTensors(NamedTuple):
@@ -128,7 +117,7 @@ def inject(
         raise ConfigError(f"init={init!r} must be 'gaussian' or 'kaiming'")
     if rank < 1 or alpha <= 0:
         raise ConfigError(f"rank={rank} must be at least 1 and alpha={alpha} positive")
-    found = _find_targets(model, targets)
+    found = find_targets(model, targets)
     for name in adapter_names:
         if not name.isidentifier():
             raise ConfigError(f"adapter name {name!r} must be a plain identifier")
@@ -189,9 +178,25 @@ def merge_lora(
     `tensors` maps a module name to (A, B, s), s = alpha / r. Every entry must fit: otherwise
     LoadError names all that do not and the model is unchanged. A frozen model stays frozen.
     """
+    weights = check_lora(model, tensors)
+    with torch.no_grad():
+        for name, (a, b, s) in tensors.items():
+            # In place: a frozen model's packed weights are the same memory.
+            weight = weights[name]
+            delta = torch.mm(b.to(weight.device).float(), a.to(weight.device).float())
+            weight.copy_(weight.float().add_(delta, alpha=scale * s))
+
+
+def check_lora(
+    model: nn.Module, tensors: Mapping[str, tuple[Tensor, Tensor, float]]
+) -> dict[str, Tensor]:
+    """Return the weight that each entry of `merge_lora`'s `tensors` belongs to.
+
+    Raises LoadError naming every entry without a linear, and every one that its linear cannot take.
+    """
     modules = dict(model.named_modules())
-    wrong, updates = [], []
-    for name, (a, b, s) in tensors.items():
+    wrong, weights = [], {}
+    for name, (a, b, _) in tensors.items():
         module = modules.get(name)
         linear = module.base_layer if isinstance(module, LoRALinear) else module
         if not isinstance(linear, nn.Linear):
@@ -201,89 +206,18 @@ def merge_lora(
                 f"{name} (B {tuple(b.shape)} A {tuple(a.shape)}: {tuple(linear.weight.shape)})"
             )
         else:
-            updates.append((linear.weight, a, b, scale * s))
+            weights[name] = linear.weight
     if wrong:
         raise LoadError(f"LoRA does not fit this model: {name_some(wrong)}")
-    with torch.no_grad():
-        for weight, a, b, s in updates:
-            # In place: a frozen model's packed weights are the same memory.
-            delta = torch.mm(b.to(weight.device).float(), a.to(weight.device).float())
-            weight.copy_(weight.float().add_(delta, alpha=s))
+    return weights
 
 
-def save_lora(
-    path: str | Path,
-    model: nn.Module,
-    adapter: str,
-    metadata: Mapping[str, str] | None = None,
-    dtype: torch.dtype | None = None,
-) -> Path:
-    """Write one adapter as diffusers' `load_lora_weights` reads it, scale included.
+def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
+    """Return the linears (wrapped or not) that some target names, in registration order.
 
-    `path` is a .safetensors file, or a directory for the default file name; returns the file. Rank
-    and alpha go into the header's adapter metadata; `metadata` adds entries of the caller's own.
-    `dtype` None keeps the adapter's.
+    A target is a module name or a dotted suffix of one. Raises ConfigError for one that matches
+    nothing, and for no targets at all.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        path = path / WEIGHTS_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"transformer.{key}": value.detach().to("cpu", dtype).contiguous()
-        for key, value in adapter_parameters(model, adapter).items()
-    }
-    # One (rank, alpha) per adapter: `inject` gives all its modules the same.
-    carriers = {name: module for name, module in lora_modules(model) if adapter in module.ranks}
-    first = next(iter(carriers.values()))
-    config = {
-        "transformer.r": first.ranks[adapter],
-        "transformer.lora_alpha": first.alphas[adapter],
-        "transformer.target_modules": sorted(carriers),
-    }
-    header = {"format": "pt", **(metadata or {}), METADATA_KEY: json.dumps(config)}
-    safetensors.torch.save_file(tensors, path, metadata=header)
-    return path
-
-
-def load_lora_file(path: str | Path) -> dict[str, LoraTensors]:
-    """Read a LoRA safetensors file (or the directory that holds one): module name -> (A, B, scale).
-
-    Key layouts: "transformer.<module>.lora_A.weight", "base_model.model.<module>.lora_A.weight",
-    with or without an adapter name before ".weight", and "lora.down" / "lora.up". The scale is
-    alpha / r with alpha from, in order: a "<module>.alpha" tensor, the file's adapter metadata, an
-    adapter_config.json beside it; without any it is 1, as in diffusers. Raises LoadError for an
-    unreadable file, a key of another layout, or half a pair.
-    """
-    path = _find_lora_file(Path(path))
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            raw = {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise LoadError(f"cannot read LoRA file {path}: {error}") from error
-    parts: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in raw.items():
-        match = _PART.fullmatch(_strip_prefix(key))
-        if match is None or key.startswith("text_encoder"):
-            unknown.append(key)
-        else:
-            kind = next(kind for kind in ("a", "b", "alpha") if match[kind])
-            parts.setdefault(match["module"], {})[kind] = tensor
-    unknown += [
-        f"{name} (half a pair)" for name, part in parts.items() if not {"a", "b"} <= set(part)
-    ]
-    if unknown or not parts:
-        raise LoadError(f"{path} is not a LoRA of a transformer: {name_some(unknown) or 'empty'}")
-    config = _adapter_config(path, header)
-    return {
-        name: LoraTensors(part["a"], part["b"], _scale(name, part, config))
-        for name, part in parts.items()
-    }
-
-
-def _find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
-    """Return the linears (wrapped or not) that some target names, in registration order."""
     found: dict[str, Any] = {}
     unused = set(targets)
     names = []
@@ -300,49 +234,3 @@ def _find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
         hint = closest(wrong[0], names) if wrong else ""
         raise ConfigError(f"LoRA targets {wrong} match no linear of this model.{hint}")
     return found
-
-
-def _find_lora_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in (WEIGHTS_NAME, "adapter_model.safetensors"):
-        if (path / name).is_file():
-            return path / name
-    raise LoadError(f"no {WEIGHTS_NAME} in {path}")
-
-
-def _strip_prefix(key: str) -> str:
-    for prefix in _PREFIXES:
-        key = key.removeprefix(prefix)
-    return key
-
-
-def _adapter_config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """Return PEFT's adapter settings, from the file's header or from the file beside it."""
-    beside = path.parent / "adapter_config.json"
-    try:
-        if METADATA_KEY in header:
-            config = json.loads(header[METADATA_KEY])
-        elif path.name == "adapter_model.safetensors" and beside.is_file():
-            config = json.loads(beside.read_text())
-        else:
-            return {}
-    except ValueError as error:
-        raise LoadError(f"adapter metadata of {path} is not JSON: {error}") from error
-    config = {key.removeprefix("transformer."): value for key, value in config.items()}
-    if config.get("use_dora"):
-        raise LoadError(f"{path} is a DoRA adapter, which cannot be merged as a LoRA")
-    return config
-
-
-def _scale(name: str, part: Mapping[str, Tensor], config: Mapping[str, Any]) -> float:
-    rank = part["a"].shape[0]
-    if "alpha" in part:
-        return float(part["alpha"]) / rank
-    alpha = config.get("lora_alpha")
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            alpha = value
-    if alpha is None:
-        return 1.0
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)

@@ -2,8 +2,10 @@
 
 A reward is any callable `fn(images, prompts) -> B numbers`. A recipe names it by a spec:
 
-    spec := term ("+" term)*        term := [weight "*"] name
-    name := "shapes" | "shapes:strict" | "ocr" | "ocr:exact" | "jpeg" | path/to/file.py:callable
+    spec := term ("+" term)*        term := [weight "*"] name | [weight "*"] built "(" options ")"
+    name := "shapes" | "shapes:strict" | "ocr" | "ocr:exact" | "jpeg" | built
+          | path/to/file.py:callable
+    built := "geneval" | "geneval:strict"      options := key "=" value ("," key "=" value)*
 """
 
 from __future__ import annotations
@@ -35,7 +37,14 @@ _BUILTIN = {
     "ocr:exact": ("ocr", "exact"),
     "jpeg": ("image", "jpeg"),
 }
-_PLUS = re.compile(r"(?<!\d[eE])\+")  # the plus of "1e+2*ocr" belongs to a number
+# name -> (module, function that builds the reward from the options in parentheses)
+_BUILT = {
+    "geneval": ("geneval", "dense"),
+    "geneval:strict": ("geneval", "strict"),
+}
+# The plus of "1e+2*ocr" belongs to a number, one between parentheses to an option.
+_PLUS = re.compile(r"(?<!\d[eE])\+(?![^(]*\))")
+_CALL = re.compile(r"(?P<name>[\w:]+)\s*\((?P<options>.*)\)")
 _TERM = re.compile(r"(?:(?P<weight>[^*]*)\*)?(?P<name>[^*]+)")
 
 
@@ -172,20 +181,50 @@ def _term(text: str, spec: str) -> Term:
             weight = math.nan
         if not math.isfinite(weight):
             raise ConfigError(f"reward: weight '{match['weight']}' in {spec!r} is not a number.")
-    return Term(weight, name, _builtin(name) if name in _BUILTIN else _from_file(name))
+    return Term(weight, name, _find(name))
 
 
-def _builtin(name: str) -> Callable[..., Any]:
+def _find(name: str) -> Callable[..., Any]:
+    call = _CALL.fullmatch(name)
+    if call:
+        return _built(call["name"], call["options"])
+    if name in _BUILT:
+        return _built(name, "")
+    if name not in _BUILTIN:
+        return _from_file(name)
     module, function = _BUILTIN[name]
     return getattr(importlib.import_module(f"tdm_r1.rewards.{module}"), function)
+
+
+def _built(name: str, text: str) -> Callable[..., Any]:
+    """Build the reward `name(text)`, text being its options."""
+    if name not in _BUILT:
+        known = f"'{name}' takes none" if name in _BUILTIN else f"unknown name '{name}'"
+        raise ConfigError(
+            f"reward: {known}; rewards with options: {', '.join(_BUILT)}.{closest(name, _BUILT)}"
+        )
+    module, function = _BUILT[name]
+    build = getattr(importlib.import_module(f"tdm_r1.rewards.{module}"), function)
+    allowed = inspect.signature(build).parameters
+    options = {}
+    for item in filter(None, map(str.strip, text.split(","))):
+        key, equals, value = map(str.strip, item.partition("="))
+        if not equals or key not in allowed or key in options:
+            raise ConfigError(
+                f"reward: {name} cannot take the option {item!r}; allowed once each: "
+                f"{', '.join(f'{option}=...' for option in allowed)}.{closest(key, allowed)}"
+            )
+        options[key] = value
+    return build(**options)
 
 
 def _from_file(name: str) -> Callable[..., Any]:
     path, _, attribute = name.rpartition(":")
     if not path.endswith(".py"):
+        known = [*_BUILTIN, *_BUILT]
         raise ConfigError(
-            f"reward: unknown name '{name}'.{closest(name, _BUILTIN)} "
-            f"Allowed: {', '.join(_BUILTIN)}, or path/to/file.py:callable."
+            f"reward: unknown name '{name}'.{closest(name, known)} "
+            f"Allowed: {', '.join(known)}, or path/to/file.py:callable."
         )
     module = _run_file(Path(path).expanduser())
     fn = getattr(module, attribute, None)

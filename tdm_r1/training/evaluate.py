@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tdm_r1 import rewards, shapes
+from tdm_r1 import geneval, rewards, shapes
 from tdm_r1.config import Recipe
 from tdm_r1.engine import Engine, to_output
 from tdm_r1.errors import ConfigError
@@ -40,8 +40,10 @@ class Evaluator:
     def run(self, role: Role) -> dict[str, Any]:
         """Score a role on the recipe's prompts, and on the families it is not trained on.
 
-        Returns {"reward", "interval", "families", "num_prompts", "seed", "steps", "guidance"} and,
-        with `held_out_families`, "held_out" with the first four of these.
+        Returns {"reward", "interval", "families", "family_mean", "num_prompts",
+        "num_distinct_prompts", "seed", "steps", "guidance"} and, with `held_out_families`,
+        "held_out" with the first six of these. The reward is the mean over pictures; "family_mean",
+        over families, is the score that GenEval reports for its six tasks.
         """
         facts = {
             "seed": self.config.seed,
@@ -56,10 +58,12 @@ class Evaluator:
 
     def _score(self, role: Role, prompts: list[str], seed: int) -> dict[str, Any]:
         values = rewards.score(self.reward, self.pictures(role, prompts, seed), prompts)
+        families = by_family(values, prompts)
         return {
             "reward": float(values.mean()),
             "interval": bootstrap_interval(values, prompts, seed),
-            "families": by_family(values, prompts),
+            "families": families,
+            "family_mean": float(np.mean(list(families.values()))),
             "num_prompts": len(prompts),
             "num_distinct_prompts": len(set(prompts)),
         }
@@ -96,12 +100,19 @@ def bootstrap_interval(
 
 
 def by_family(values: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
-    """Mean per caption family of the embedded world; "all" for prompts that are not of it."""
+    """Mean per family of the embedded world or task of GenEval; "all" for other prompts."""
     groups: dict[str, list[float]] = {}
     for value, prompt in zip(values, prompts, strict=True):
-        try:
-            family = shapes.parse(prompt).family
-        except ConfigError:
-            family = "all"
-        groups.setdefault(family, []).append(float(value))
+        groups.setdefault(_family(prompt), []).append(float(value))
     return {family: float(np.mean(group)) for family, group in groups.items()}
+
+
+def _family(prompt: str) -> str:
+    try:
+        return shapes.parse(prompt).family
+    except ConfigError:
+        pass
+    try:
+        return geneval.parse(prompt).task
+    except ConfigError:
+        return "all"

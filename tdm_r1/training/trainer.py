@@ -21,7 +21,8 @@ from tdm_r1.config import Optimizer, Recipe, save_recipe
 from tdm_r1.engine import Engine
 from tdm_r1.errors import ConfigError, LoadError, RewardError, TdmError
 from tdm_r1.models.loading import load_transformer, save_transformer
-from tdm_r1.models.lora import load_lora_file, save_lora
+from tdm_r1.models.lora_files import save_lora
+from tdm_r1.models.lora_list import load_lora
 from tdm_r1.pipeline import load_pipeline
 from tdm_r1.training import checkpoint, distributed
 from tdm_r1.training.evaluate import Evaluator
@@ -54,7 +55,7 @@ class Trainer:
         )
         base = load_transformer(self.pipeline.path, device=device, dtype=torch.float32)
         self.pipeline.transformer = base  # the packed one has served; engines run the roles'
-        few_step = load_lora_file(self.pipeline.lora) if self.pipeline.lora else None
+        few_step = load_lora(self.pipeline.lora, base) if self.pipeline.lora else None
         bf16 = recipe.precision == "bf16"
         self.roles = build_roles(
             base,

@@ -1,9 +1,6 @@
-"""Adapters: injection, roles, merging, and files that diffusers reads."""
-
-import json
+"""Adapters: injection, roles and merging."""
 
 import pytest
-import safetensors.torch
 import torch
 from diffusers import SD3Transformer2DModel, ZImageTransformer2DModel
 from torch import nn
@@ -12,27 +9,7 @@ from tdm_r1.errors import ConfigError, LoadError
 from tdm_r1.models import lora
 from tests.models import test_sd3, test_zimage
 from tests.models.common import relative_error
-
-
-def build(family="sd3"):
-    """Return both models of one family, and a function of each that runs it on fixed inputs."""
-    if family == "sd3":
-        ours, theirs = test_sd3.build_pair()
-        batch = test_sd3.make_batch(2, 6, 8, 5)
-        return ours, theirs, lambda m: m.velocity(*batch), lambda m: test_sd3.run_theirs(m, *batch)
-    ours, theirs = test_zimage.build_pair()
-    batch = test_zimage.make_batch((6, 8), [5, 40])
-    return ours, theirs, lambda m: m.velocity(*batch), lambda m: test_zimage.run_theirs(m, *batch)
-
-
-def inject_trained(model, family="sd3", names=("policy",), rank=4, alpha=6.0, seed=3):
-    """Inject adapters and move B away from zero, as training would."""
-    lora.inject(model, names, rank=rank, alpha=alpha, targets=lora.TARGETS[family])
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name in names:
-            for parameter in lora.adapter_parameters(model, name).values():
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=g))
+from tests.models.lora_pairs import build, inject_trained
 
 
 @pytest.mark.parametrize("family", ["sd3", "zimage"])
@@ -51,117 +28,6 @@ def test_merging_equals_the_active_adapter(family):
     assert relative_error(velocity(merged), expected) <= 1e-5
     lora.merge_lora(merged, lora.adapter_tensors(ours, "policy"), scale=-1.0)
     assert relative_error(velocity(merged), before) <= 1e-5
-
-
-@pytest.mark.parametrize("family", ["sd3", "zimage"])
-@pytest.mark.parametrize("rank, alpha", [(4, 8.0), (2, 3.0), (8, 1.0)])
-@torch.no_grad()
-def test_saved_adapters_have_the_same_effect_here_and_in_diffusers(family, rank, alpha, tmp_path):
-    ours, theirs, velocity, their_velocity = build(family)
-    inject_trained(ours, family, rank=rank, alpha=alpha)
-    lora.set_adapter(ours, "policy")
-    expected = velocity(ours)
-    file = lora.save_lora(tmp_path, ours, "policy", {"steps": "4"})
-    assert file == tmp_path / lora.WEIGHTS_NAME
-    tensors = lora.load_lora_file(tmp_path)
-    assert {entry.scale for entry in tensors.values()} == {alpha / rank}
-    merged, *_ = build(family)
-    lora.merge_lora(merged, tensors)
-    assert relative_error(velocity(merged), expected) <= 1e-5
-    load_in_diffusers(family, theirs, file)
-    assert relative_error(their_velocity(theirs), expected) <= 1e-5
-
-
-def load_in_diffusers(family, theirs, file):
-    from diffusers import StableDiffusion3Pipeline, ZImagePipeline
-
-    kind = StableDiffusion3Pipeline if family == "sd3" else ZImagePipeline
-    state, metadata = kind.lora_state_dict(str(file), return_lora_metadata=True)
-    kind.load_lora_into_transformer(state, transformer=theirs, metadata=metadata)
-
-
-def test_reads_an_adapter_that_peft_saved(tmp_path):
-    from peft import LoraConfig
-
-    ours, theirs, velocity, their_velocity = build()
-    config = LoraConfig(r=4, lora_alpha=10, init_lora_weights=False, target_modules=["attn.to_q"])
-    theirs.add_adapter(config)
-    theirs.save_lora_adapter(tmp_path, adapter_name="default")
-    lora.merge_lora(ours, lora.load_lora_file(tmp_path))
-    with torch.no_grad():
-        assert relative_error(velocity(ours), their_velocity(theirs)) <= 1e-5
-
-
-@pytest.mark.parametrize(
-    "layout, scale",
-    [
-        ({"a": "transformer.m.to_q.lora_A.weight", "b": "transformer.m.to_q.lora_B.weight"}, 1.0),
-        (
-            {
-                "a": "base_model.model.m.to_q.lora_A.default.weight",
-                "b": "base_model.model.m.to_q.lora_B.default.weight",
-            },
-            1.0,
-        ),
-        (
-            {
-                "a": "transformer.m.to_q.lora.down.weight",
-                "b": "transformer.m.to_q.lora.up.weight",
-                "alpha": "transformer.m.to_q.alpha",
-            },
-            1.5,
-        ),
-        (
-            {"a": "m.to_q.lora_down.weight", "b": "m.to_q.lora_up.weight", "alpha": "m.to_q.alpha"},
-            1.5,
-        ),
-    ],
-)
-def test_key_layouts(layout, scale, tmp_path):
-    values = {"a": torch.randn(2, 5), "b": torch.randn(3, 2), "alpha": torch.tensor(3.0)}
-    file = tmp_path / "x.safetensors"
-    safetensors.torch.save_file({key: values[kind] for kind, key in layout.items()}, file)
-    ((name, (a, b, s)),) = lora.load_lora_file(file).items()
-    assert name == "m.to_q" and s == scale
-    assert torch.equal(a, values["a"]) and torch.equal(b, values["b"])
-
-
-def test_alpha_comes_from_the_config_beside_a_peft_file(tmp_path):
-    tensors = {
-        "base_model.model.m.lora_A.weight": torch.randn(2, 5),
-        "base_model.model.m.lora_B.weight": torch.randn(3, 2),
-    }
-    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
-    config = {"r": 2, "lora_alpha": 8, "alpha_pattern": {}, "use_rslora": False}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert lora.load_lora_file(tmp_path)["m"].scale == 4.0
-
-
-@pytest.mark.parametrize(
-    "keys, message",
-    [
-        (["transformer.m.lora_A.weight"], "half a pair"),
-        (["transformer.m.weight"], "transformer.m.weight"),
-        (["text_encoder.m.lora_A.weight", "text_encoder.m.lora_B.weight"], "text_encoder.m"),
-        ([], "empty"),
-    ],
-)
-def test_foreign_files_are_refused(keys, message, tmp_path):
-    file = tmp_path / "x.safetensors"
-    safetensors.torch.save_file({key: torch.zeros(2, 2) for key in keys}, file)
-    with pytest.raises(LoadError, match=message):
-        lora.load_lora_file(file)
-
-
-def test_missing_and_damaged_files_are_named(tmp_path):
-    file = tmp_path / "x.safetensors"
-    with pytest.raises(LoadError, match="x.safetensors"):
-        lora.load_lora_file(file)
-    file.write_bytes(b"\x10\0\0\0\0\0\0\0{broken")
-    with pytest.raises(LoadError, match="x.safetensors"):
-        lora.load_lora_file(file)
-    with pytest.raises(LoadError, match="no pytorch_lora_weights.safetensors"):
-        lora.load_lora_file(tmp_path)
 
 
 def test_merging_is_all_or_nothing():
