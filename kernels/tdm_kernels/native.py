@@ -32,6 +32,7 @@ from tdm_kernels.layout import (
 from tdm_kernels.quantized import version_of
 
 LIBRARY = Path(__file__).parent / "libtdm_kernels.so"
+_NEWEST_OP = "conv"  # of csrc/ops.cpp: a library without it is older than this file
 _PANEL = 32  # kPanel of csrc/cpu.h
 _MAX_PANELLED = 2**22  # weights: 16 MB
 
@@ -45,6 +46,8 @@ def load() -> str:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"does not load: {error}"
+    if not hasattr(torch.ops.tdm_kernels, _NEWEST_OP):
+        return "was built from older sources: run `make native`"
     return ""
 
 
