@@ -4,7 +4,8 @@
 
 Both draw the same pictures from the same latents (checked first) for one prompt, `batch` images of
 it. `new prompt` clears the engine's prompt cache before every call; `known prompt` does not: a peer
-has no cache, so the first is the like-for-like row. The stage rows time the parts on their own.
+has no cache, so the first is the like-for-like row. `reference ops` is a known prompt on an engine
+without fused kernels. The stage rows time the parts on their own.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def check(engine: Engine, peer: Peer, latents: torch.Tensor) -> dict[str, float]
     return {"latent_error": latent_error, "picture_error_levels": int(levels)}
 
 
-def compare(engine: Engine, peer: Peer, batch: int, repeats: int) -> dict:
+def compare(engine: Engine, plain: Engine, peer: Peer, batch: int, repeats: int) -> dict:
     """Time whole calls and stages at one batch size; returns a row of the result."""
     size = engine.pipeline.default_size
     latents = engine.noise(list(range(batch)), size, size)
@@ -125,6 +126,7 @@ def compare(engine: Engine, peer: Peer, batch: int, repeats: int) -> dict:
             "diffusers": lambda: peer.generate(latents),
             "new prompt": new_prompt,
             "known prompt": lambda: engine.generate(PROMPT, **settings),
+            "reference ops": lambda: plain.generate(PROMPT, **settings),
         },
         repeats=repeats,
     )
@@ -141,6 +143,9 @@ def compare(engine: Engine, peer: Peer, batch: int, repeats: int) -> dict:
     )
     for name in ("new prompt", "known prompt"):
         row[f"speedup, {name}"] = round(call["diffusers"].p50 / call[name].p50, 2)
+    row["speedup over reference ops"] = round(
+        call["reference ops"].p50 / call["known prompt"].p50, 2
+    )
     return row
 
 
@@ -157,13 +162,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="store the JSON here too")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    engine = Engine.from_pretrained(arguments.model, dtype=arguments.dtype)
+    engine, plain = (
+        Engine.from_pretrained(arguments.model, dtype=arguments.dtype, backend=backend)
+        for backend in ("auto", "reference")
+    )
     lora = engine.pipeline.path / WEIGHTS_NAME
     is_base = arguments.model.endswith("-base") or Path(arguments.model).is_dir()
     peer = Peer(engine, None if is_base or not lora.is_file() else lora)
     rows = []
     for batch in arguments.batches:
-        rows.append(row := compare(engine, peer, batch, arguments.repeats))
+        rows.append(row := compare(engine, plain, peer, batch, arguments.repeats))
         for name, times in {**row["call_ms"], **row["stages_ms"]}.items():
             quantiles = f"{times.p20:9.2f} {times.p50:9.2f} {times.p80:9.2f} ms"
             print(f"batch {batch:3d}  {name:18s} {quantiles}")
