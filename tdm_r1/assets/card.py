@@ -27,7 +27,6 @@ from tdm_r1.training.evaluate import BATCH, bootstrap_interval, by_family
 
 FAMILIES = [family for family in shapes.FAMILIES if family != "words"]
 SEED = 10_000
-GUIDANCE = 3.0  # w of u + w (c - u): 20 steps are 40 evaluations
 
 
 def verdicts(
@@ -82,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--four-step", type=Path, required=True)
     parser.add_argument("--num-prompts", type=int, default=384)
+    parser.add_argument("--guidance", type=float, default=3.0, help="of the multi-step base")
     args = parser.parse_args(argv)
     autoencoder = AutoencoderKL.from_pretrained(ASSETS / args.name / "vae").float()
     runs = ((f"{args.name}-base", args.base), (f"{args.name}-tdm", args.four_step))
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             "torch": torch.__version__,
         },
         "scores": {
-            "base": score(base, args.num_prompts, GUIDANCE),
+            "base": score(base, args.num_prompts, args.guidance),
             "base_at_four_steps": score(base_in_four, args.num_prompts, 1.0),
             "four_step": score(Engine.from_pretrained(args.name), args.num_prompts, 1.0),
             "autoencoder_reconstructions": reconstruction_accuracy(autoencoder, SEED),
