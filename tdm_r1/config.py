@@ -152,7 +152,8 @@ class Recipe:
 
     `compile` runs the forward of `sft` through torch.compile: one or two minutes at the start, then
     faster. `lora` makes the model a few-step one: generator and EMA start from it, the other roles
-    from the model itself. A shipped name brings its own.
+    from the model itself. A shipped name brings its own. `resolution` is the side in pixels of
+    rollouts and of evaluation, `t5_length` the number of T5 tokens (SD3); 0 is the model's own.
     """
 
     model: str
@@ -162,6 +163,8 @@ class Recipe:
     seed: int = 0
     reward: str = "shapes"
     lora: str = ""
+    resolution: int = 0
+    t5_length: int = 0
     precision: str = "bf16"
     compile: bool = False
     zero_stage: int = 0
@@ -233,9 +236,11 @@ def validate(recipe: Recipe) -> Recipe:
         ("data.num_pictures", recipe.data.num_pictures),
         ("keep_checkpoints", recipe.keep_checkpoints),
         ("seed", recipe.seed + 1),
+        ("resolution", recipe.resolution + 1),
+        ("t5_length", recipe.t5_length + 1),
     ):
         if value < 1:
-            zero = name in ("seed", "evaluation.num_prompts")
+            zero = name in ("seed", "resolution", "t5_length", "evaluation.num_prompts")
             raise ConfigError(f"{name} must be at least {0 if zero else 1}; got {value - zero}")
     for name in ("t_min", "t_min_reward"):
         level = getattr(recipe.reinforcement, name)

@@ -260,9 +260,7 @@ class Engine:
     def _size(
         self, height: int | None, width: int | None, latents: Tensor | None
     ) -> tuple[int, int]:
-        config: Any = self.pipeline.transformer.config
-        unit = self.pipeline.vae.scale_factor * config.patch_size
-        default = self.pipeline.default_size
+        unit, default = self.pipeline.size_unit, self.pipeline.default_size
         if isinstance(latents, Tensor) and latents.ndim == 4 and height is None and width is None:
             scale = self.pipeline.vae.scale_factor
             height, width = latents.shape[2] * scale, latents.shape[3] * scale

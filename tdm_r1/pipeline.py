@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +50,12 @@ class Pipeline:
     def device(self) -> torch.device:
         """The device every part lives on."""
         return self.text.device
+
+    @property
+    def size_unit(self) -> int:
+        """Heights and widths are multiples of this many pixels."""
+        config: Any = self.transformer.config
+        return self.vae.scale_factor * config.patch_size
 
 
 def load_pipeline(

@@ -104,7 +104,7 @@ def _read_folder(folder: Path, pipeline: Pipeline) -> tuple[list[np.ndarray], li
         pictures.append(picture)
         texts.append(text)
     sizes = {p.shape[:2] for p in pictures}
-    unit = pipeline.vae.scale_factor * pipeline.transformer.config.patch_size
+    unit = pipeline.size_unit
     if len(sizes) != 1 or any(side % unit for size in sizes for side in size):
         found = sorted(sizes)[:4]
         raise ConfigError(

@@ -51,8 +51,16 @@ class Trainer:
         self.output = Path(recipe.output)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pipeline = load_pipeline(
-            recipe.model, lora=recipe.lora or None, device=device, dtype="float32"
+            recipe.model,
+            lora=recipe.lora or None,
+            device=device,
+            dtype="float32",
+            t5_length=recipe.t5_length or None,
         )
+        if recipe.resolution % self.pipeline.size_unit:
+            unit = self.pipeline.size_unit
+            raise ConfigError(f"resolution is {recipe.resolution}; allowed: a multiple of {unit}")
+        self.pipeline.default_size = recipe.resolution or self.pipeline.default_size
         base = load_transformer(self.pipeline.path, device=device, dtype=torch.float32)
         self.pipeline.transformer = base  # the packed one has served; engines run the roles'
         few_step = load_lora(self.pipeline.lora, base) if self.pipeline.lora else None

@@ -63,6 +63,17 @@ def test_tdm_r1_trains_every_role_and_leaves_a_usable_model(kind, tmp_path, sd3_
     assert engine.generate("two red circles", seed=1)[0].size == (64, 64)
 
 
+def test_resolution_and_text_length_are_the_recipes(tmp_path, sd3_dir, bright):
+    values = {"resolution": 32, "t5_length": 7, "iterations": 1, "reward": bright}
+    trainer = Trainer(recipe(tmp_path, sd3_dir, **values))
+    assert trainer.pipeline.text.t5_length == 7
+    trainer.run()
+    pictures = trainer.evaluator.pictures(trainer.roles["ema"], ["two red circles"], 0)
+    assert pictures[0].size == (32, 32)
+    with pytest.raises(ConfigError, match="resolution is 40; allowed: a multiple of 16"):
+        Trainer(recipe(tmp_path / "odd", sd3_dir, resolution=40, reward=bright))
+
+
 @pytest.mark.parametrize("method", ["sft", "tdm"])
 def test_the_other_methods_run_on_zimage(method, tmp_path, zimage_dir):
     trainer = Trainer(recipe(tmp_path, zimage_dir, method=method))
