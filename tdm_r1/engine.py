@@ -21,6 +21,7 @@ from torch import Tensor
 from tdm_r1 import flow
 from tdm_r1.errors import ConfigError, closest
 from tdm_r1.exported.loading import is_export, load_exported
+from tdm_r1.exported.manifest import TENSORRT_RTX
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.layers import Transformer
 from tdm_r1.pipeline import Pipeline, load_pipeline
@@ -89,11 +90,14 @@ class Engine:
     ) -> Engine:
         """Load a shipped model, a diffusers-format directory or a Hub id; see `load_pipeline`.
 
-        `backend="onnx"` opens a directory made by `tdm-r1-export`, and so does "auto" for one.
+        `backend="onnx"` opens a directory made by `tdm-r1-export`, and so does "auto" for one;
+        `backend="tensorrt-rtx"` is refused with the reason: its engines are built, not run yet.
         """
         settings: dict[str, Any] = {"lora": lora, "device": device, "dtype": dtype}
-        if backend == "onnx" or (backend == "auto" and is_export(name_or_dir)):
-            pipeline = load_exported(name_or_dir, **settings)
+        if backend == "auto" and is_export(name_or_dir):
+            backend = "onnx"
+        if backend in ("onnx", TENSORRT_RTX):
+            pipeline = load_exported(name_or_dir, backend=backend, **settings)
         else:
             pipeline = load_pipeline(name_or_dir, backend=backend, **settings)
         return cls(pipeline, steps=steps, solver=solver)

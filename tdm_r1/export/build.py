@@ -1,4 +1,4 @@
-"""A model -> an export directory: graphs, tokenizers, the gate, and last of all the manifest."""
+"""A model -> an export directory: graphs, tokenizers, the gate, engines, and last the manifest."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tdm_r1.errors import ConfigError
 from tdm_r1.export.graphs import Axes, make_graphs, traceable
 from tdm_r1.export.onnx_graph import check_installed, write_graph
 from tdm_r1.export.parity import check
+from tdm_r1.export.tensorrt import Target, build_engines
 from tdm_r1.exported.loading import open_parts
 from tdm_r1.exported.manifest import Manifest, sha256, write_manifest
 from tdm_r1.exported.session import import_runtime
@@ -42,24 +43,28 @@ def export_model(
     lora: str | Path | None = None,
     steps: int = 4,
     solver: str = "auto",
+    target: Target | None = None,
     say: Say = lambda line: None,
 ) -> Manifest:
     """Write the directory `output` for `Engine.from_pretrained(output, backend="onnx")`.
 
     `model`, `lora`, `steps` and `solver` as in `Engine.from_pretrained`; the graphs are fp32.
-    `axes` replaces some of `default_axes`. `say` hears of the progress. Everything is written
-    beside `output` under another name, which is given to it when the gate has passed: what is not
-    whole is never there, and is removed on the way out.
+    `axes` replaces some of `default_axes`. With a `target`, TensorRT engines are built from the
+    graphs once these have passed the gate. `say` hears of the progress. Everything is written
+    beside `output` under another name, which is given to it at the very end: what is not whole is
+    never there, and is removed on the way out.
 
     Raises ConfigError for sizes the model does not take, an `output` that exists, or missing
-    packages; LoadError as `load_pipeline` does; ExportError for a graph that cannot be made or
-    differs from the Engine.
+    packages; LoadError as `load_pipeline` does; ExportError for a graph that cannot be made, that
+    differs from the Engine, or of which no engine can be built.
     """
     output = Path(output).expanduser()
     if output.exists():
         raise ConfigError(f"--output is {str(output)!r}, which exists; choose another or remove it")
     check_installed()
     import_runtime()  # the gate needs it: better said before the work than after
+    if target is not None:
+        target.check()
     pipeline = load_pipeline(model, lora=lora, device="cpu", dtype="float32")
     engine = Engine(pipeline, steps=steps, solver=solver)
     chosen = {**default_axes(pipeline), **(axes or {})}
@@ -74,6 +79,11 @@ def export_model(
         manifest = replace(manifest, parity=check(engine, exported, chosen))
         worst = max(found["error"] for found in manifest.parity["worst"].values())
         say(f"parity with the Engine: {worst:.1e}, {time.perf_counter() - started:.0f} s")
+        if target is not None:
+            engines = build_engines(root, manifest.graphs, target, say)
+            names = [part["file"] for part in engines["parts"].values()]
+            files = {**manifest.files, **{name: sha256(root / name) for name in names}}
+            manifest = replace(manifest, engines=engines, files=files)
         write_manifest(root, manifest)
     return manifest
 
@@ -181,6 +191,7 @@ def _manifest(engine: Engine, axes: Axes, graphs: dict[str, dict], root: Path) -
         source=source,
         versions={"tdm_r1": __version__, **{name: _version(name) for name in PACKAGES}},
         parity={},
+        engines=None,
     )
 
 

@@ -1,7 +1,8 @@
 """Command line: `tdm-r1-export --model tiny-sd3 --output exported`.
 
 The directory goes to stdout, progress and errors to stderr. Exit status: 0 done, 1 failed (a graph
-that cannot be made, or that differs from the Engine), 2 wrong use.
+that cannot be made, or that differs from the Engine, or of which no engine can be built), 2 wrong
+use.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tdm-r1-export",
-        description="Write a model as ONNX graphs, checked against the Engine part by part.",
+        description="Write a model as ONNX graphs, checked against the Engine part by part,"
+        " and as TensorRT engines made from them.",
     )
     add = parser.add_argument
     add("--model", required=True, help="shipped name, directory or Hub id")
@@ -49,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--heights", **sizes, help="pixels (default: half to 1.5 times the model's own)")
     add("--widths", **sizes, help="pixels (default: as for --heights)")
     add("--text", **sizes, help="tokens: of SD3 those of T5, of Z-Image those of the prompt")
+    add("--trt", action="store_true", help="build TensorRT engines too; needs no GPU")
+    trt = parser.add_argument_group("with --trt").add_argument
+    trt("--runtime", help="tensorrt-rtx (the default)")
+    trt("--precision", help="fp32 (the default)")
+    capability: dict[str, Any] = {"nargs": "+", "metavar": "X.Y"}
+    trt("--compute-capability", **capability, help="of the GPUs (default: 8.9 12.0)")
     add("--traceback", action="store_true", help="show where an error came from")
     return parser
 
@@ -56,7 +64,17 @@ def _parser() -> argparse.ArgumentParser:
 def _export(arguments: argparse.Namespace) -> int:
     # torch and the model libraries take seconds; --help should not
     from tdm_r1.export.build import export_model
+    from tdm_r1.export.tensorrt import Target
 
+    chosen = {
+        "runtime": arguments.runtime,
+        "precision": arguments.precision,
+        "compute_capabilities": arguments.compute_capability
+        and tuple(arguments.compute_capability),
+    }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if chosen and not arguments.trt:
+        raise ConfigError("--runtime, --precision and --compute-capability go with --trt")
     axes = {
         name: tuple(ends)
         for name, ends in (
@@ -75,6 +93,7 @@ def _export(arguments: argparse.Namespace) -> int:
         lora=arguments.lora,
         steps=arguments.steps,
         solver=arguments.solver,
+        target=Target(**chosen) if arguments.trt else None,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(arguments.output)

@@ -26,21 +26,40 @@ from tdm_r1.models.zimage_layout import ceil_to_multiple
 from tdm_r1.pipeline import Pipeline
 
 Axes = dict[str, tuple[int, int]]
+TYPICAL_CAPTION = 64  # tokens of a sentence in Z-Image's chat template
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of an input: its size in the example, and the `torch.export.Dim`, None if fixed."""
+    """One axis of an input.
+
+    size: in the example that is traced. dim: the `torch.export.Dim`, None if fixed. bounds: the
+    lowest, the typical and the highest size, for an engine's optimisation profile.
+    """
 
     size: int
-    dim: Any = None
+    dim: Any
+    bounds: tuple[int, int, int]
 
     @classmethod
-    def ranging(cls, name: str, low: int, high: int, example: int, scale: int = 1) -> Axis:
-        """An axis of `scale` times low to high; one value only is a fixed size."""
+    def ranging(
+        cls,
+        name: str,
+        low: int,
+        high: int,
+        example: int,
+        scale: int = 1,
+        typical: int | None = None,
+    ) -> Axis:
+        """An axis of `scale` times low to high; one value only is a fixed size.
+
+        `typical`, by default `high`, is what an engine is tuned for, moved into the range.
+        """
+        typical = high if typical is None else min(max(typical, low), high)
+        bounds = (scale * low, scale * typical, scale * high)
         if low == high:
-            return cls(scale * low)
-        return cls(scale * example, scale * Dim(name, min=low, max=high))
+            return cls(scale * low, None, bounds)
+        return cls(scale * example, scale * Dim(name, min=low, max=high), bounds)
 
 
 @dataclass(frozen=True)
@@ -72,6 +91,13 @@ class Graph:
             for axes in self.inputs.values()
         )
 
+    def profile(self) -> dict[str, list[list[int]]]:
+        """Return, per input, its lowest, typical and highest shape."""
+        return {
+            name: [[a.bounds[i] if isinstance(a, Axis) else a for a in axes] for i in range(3)]
+            for name, axes in self.inputs.items()
+        }
+
 
 @contextmanager
 def traceable(transformer: Transformer) -> Iterator[None]:
@@ -88,7 +114,7 @@ def traceable(transformer: Transformer) -> Iterator[None]:
 def make_graphs(engine: Engine, axes: Axes) -> Iterator[Graph]:
     """Yield the graphs of an engine's model, transformer first, for `traceable` to surround."""
     pipeline = engine.pipeline
-    batch = Axis.ranging("batch", *axes["batch"], example=2)
+    batch = Axis.ranging("batch", *axes["batch"], example=2, typical=1)
     family = _sd3 if pipeline.family == "sd3" else _zimage
     yield from family(pipeline, engine.schedule.timesteps, axes, batch)
     latents = (batch, pipeline.vae.latent_channels, *_latent_axes(pipeline, axes))
@@ -101,12 +127,13 @@ def _latent_axes(pipeline: Pipeline, axes: Axes) -> tuple[Axis, Axis]:
     """Latent height and width: whole patches. Unequal examples, so that neither stands for both."""
     patch = pipeline.transformer.config.patch_size
     unit = pipeline.vae.scale_factor * patch
+    side = pipeline.default_size // unit
     (top, bottom), (left, right) = (
         [end // unit for end in axes[name]] for name in ("height", "width")
     )
     return (
-        Axis.ranging("rows", top, bottom, max(2, top), patch),
-        Axis.ranging("cols", left, right, right, patch),
+        Axis.ranging("rows", top, bottom, max(2, top), patch, side),
+        Axis.ranging("cols", left, right, right, patch, side),
     )
 
 
@@ -157,11 +184,12 @@ def _zimage(
     config, head_dim = model.config, model.config.dim // model.config.n_heads
     rows, cols = _latent_axes(pipeline, axes)
     low, high = (ceil_to_multiple(end) for end in axes["text"])
-    captions = Axis.ranging("captions", low, high, high)
+    captions = Axis.ranging("captions", low, high, high, typical=TYPICAL_CAPTION)
     unit = pipeline.vae.scale_factor * config.patch_size
     ends = [axes["height"][i] * axes["width"][i] // unit**2 for i in (0, 1)]
     low, high = (ceil_to_multiple(end) for end in ends)
-    image = Axis.ranging("image", low, high, high)
+    typical = rows.bounds[1] * cols.bounds[1] // config.patch_size**2
+    image = Axis.ranging("image", low, high, high, typical=ceil_to_multiple(typical))
     rope_text = (1, captions, 1, head_dim)
     yield Graph(
         "context",
@@ -186,7 +214,8 @@ def _zimage(
         },
         ("out_BIf",),
     )
-    tokens = Axis.ranging("text", *axes["text"], example=axes["text"][1])
+    low, high = axes["text"]
+    tokens = Axis.ranging("text", low, high, high, typical=TYPICAL_CAPTION)
     yield Graph(
         "text_encoder", text.features, {"ids_BT": (batch, tokens)}, ("tokens_BTE",), ids=True
     )

@@ -51,6 +51,7 @@ def write_graph(graph: Graph, root: Path) -> dict[str, Any]:
         "file": path.name,
         "inputs": inputs,
         "outputs": outputs,
+        "profile": graph.profile(),
         "opset": program.model.opset_imports[""],
     }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdm_r1.errors import ConfigError
-from tdm_r1.exported.manifest import NAME, Manifest, read_manifest
+from tdm_r1.exported.manifest import NAME, TENSORRT_RTX, Manifest, read_manifest
 from tdm_r1.exported.session import Session
 from tdm_r1.exported.transformer import ExportedSD3, ExportedTransformer, ExportedZImage
 from tdm_r1.models.loading import CLASSES
@@ -31,12 +31,17 @@ def load_exported(
     lora: str | Path | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    backend: str = "onnx",
 ) -> Pipeline:
     """Open an export on ONNX Runtime. It runs on the CPU, in fp32, in the steps it was made for.
 
     Raises LoadError for a directory that is no finished, unchanged export, ConfigError for what an
-    export cannot do any more: take a LoRA, move, change its dtype.
+    export cannot do any more: take a LoRA, move, change its dtype; and for `backend=TENSORRT_RTX`,
+    whose engines are built but not run.
     """
+    root = Path(root).expanduser()
+    if backend == TENSORRT_RTX:
+        raise ConfigError(f"backend is {backend!r}: {_why_no_engine(root)}")
     if lora is not None:
         raise ConfigError(f"lora is {str(lora)!r}: merge it with `tdm-r1-export --lora`")
     if device not in ("auto", "cpu", CPU):
@@ -45,8 +50,17 @@ def load_exported(
         raise ConfigError(
             f"dtype is {str(dtype)!r}; allowed with backend='onnx': 'auto', 'float32'"
         )
-    root = Path(root).expanduser()
     return open_parts(root, read_manifest(root))
+
+
+def _why_no_engine(root: Path) -> str:
+    """What keeps the engines of an export from running; LoadError where there is no export."""
+    if read_manifest(root).engines is None:
+        return f"{root} holds no engines; `tdm-r1-export --trt` builds them"
+    instead = "backend='onnx' runs this export on the CPU"
+    if not torch.cuda.is_available():
+        return f"it needs a CUDA GPU, and this machine has none; {instead}"
+    return f"this version builds engines and does not run them yet; {instead}"
 
 
 def open_parts(root: Path, manifest: Manifest) -> Pipeline:

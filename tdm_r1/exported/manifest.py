@@ -17,7 +17,8 @@ from tdm_r1.errors import ConfigError, LoadError
 from tdm_r1.models.loading import read_json
 
 NAME = "export.json"
-FORMAT = 1
+FORMAT = 2
+TENSORRT_RTX = "tensorrt-rtx"  # the runtime of the engines
 OPTIONS = {"batch": "--batch", "height": "--heights", "width": "--widths", "text": "--text"}
 
 
@@ -31,8 +32,11 @@ class Manifest:
     text: what the text encoder is built from: its width, and of SD3 the padded lengths.
     axes: (lowest, highest) of batch (images), height and width (pixels), text (tokens: of SD3 those
         of T5, of Z-Image those of the prompt in its chat template).
-    graphs: by name, file, inputs and outputs with their axes. files: path -> sha256.
+    graphs: by name, file, inputs and outputs with their axes, and the profile: of each input the
+        lowest, the typical and the highest shape. files: path -> sha256.
     source: file of the model -> sha256. parity: what the gate measured.
+    engines: None, or runtime, version, precision and compute_capabilities of the TensorRT engines,
+        and by graph the file of each and how many of its layers give each dtype.
     """
 
     family: str
@@ -51,6 +55,7 @@ class Manifest:
     source: dict[str, str]
     versions: dict[str, str]
     parity: dict[str, Any]
+    engines: dict[str, Any] | None
 
     def check(self, **sizes: int) -> None:
         """Raise ConfigError for a size outside its axis, naming the option that widens it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ from tdm_r1.engine import Engine
 from tdm_r1.export.cli import main
 
 SIZES = ("--batch", "3", "--heights", "32", "96", "--widths", "32", "96")
+ENGINES = () if find_spec("tensorrt_rtx") is None else ("--trt",)
 
 
 @pytest.fixture(scope="session")
 def sd3_export(tmp_path_factory) -> Path:
-    """tiny-sd3, exported by the command line."""
+    """tiny-sd3, exported by the command line; with engines where they can be built."""
     output = tmp_path_factory.mktemp("exports") / "sd3"
-    assert main(["--model", "tiny-sd3", "--output", str(output), *SIZES]) == 0
+    assert main(["--model", "tiny-sd3", "--output", str(output), *SIZES, *ENGINES]) == 0
     return output
 
 

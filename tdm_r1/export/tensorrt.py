@@ -1,0 +1,201 @@
+"""ONNX graphs as TensorRT-RTX engines, built without a GPU. The owner of `tensorrt_rtx`.
+
+An engine holds one graph for some compute capabilities and the shapes of one optimisation profile.
+The network is strongly typed: every layer has the dtype of the graph, and TF32 is off. The kernels
+are compiled when a GPU loads the engine; without one it can be written, not read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tdm_r1.errors import ConfigError, ExportError
+from tdm_r1.exported.manifest import TENSORRT_RTX
+
+REPORT_EVERY = 30.0  # seconds
+Say = Callable[[str], None]
+Profile = dict[str, list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What engines are built for: compute capabilities such as "8.9", runtime and precision."""
+
+    compute_capabilities: tuple[str, ...] = ("8.9", "12.0")
+    runtime: str = TENSORRT_RTX
+    precision: str = "fp32"
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot be built for, or when TensorRT-RTX is not installed."""
+        if self.runtime != TENSORRT_RTX:
+            raise ConfigError(f"--runtime is {self.runtime!r}; allowed: {TENSORRT_RTX!r}")
+        if self.precision != "fp32":
+            raise ConfigError(
+                f"--precision is {self.precision!r}; allowed: 'fp32' (ONNX Runtime multiplies no"
+                " bf16 matrices on a CPU, so nothing could check such a graph)"
+            )
+        known = _known_capabilities()
+        if not self.compute_capabilities:
+            raise ConfigError(f"--compute-capability is empty; allowed: {', '.join(known)}")
+        for name in self.compute_capabilities:
+            if name not in known:
+                raise ConfigError(
+                    f"--compute-capability is {name!r}; TensorRT-RTX {_import().__version__} builds"
+                    f" for {', '.join(known)}"
+                )
+        if len(set(self.compute_capabilities)) < len(self.compute_capabilities):
+            raise ConfigError(
+                f"--compute-capability is {' '.join(self.compute_capabilities)}; allowed: each once"
+            )
+
+
+def build_engines(
+    root: Path, graphs: dict[str, dict[str, Any]], target: Target, say: Say
+) -> dict[str, Any]:
+    """Write `root/<name>.engine` for every graph of a manifest; returns its `engines`.
+
+    `say` hears of every part, and of a long one every REPORT_EVERY seconds. Raises as
+    `Target.check` and `build_engine` do.
+    """
+    target.check()
+    parts = {}
+    for name, graph in graphs.items():
+        started = time.perf_counter()
+        path = root / f"{name}.engine"
+        layers = build_engine(root / graph["file"], path, graph["profile"], target, say)
+        parts[name] = {"file": path.name, "layers": layers}
+        took = time.perf_counter() - started
+        say(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, {took:.0f} s")
+    return {
+        "runtime": target.runtime,
+        "version": _import().__version__,
+        "precision": target.precision,
+        "compute_capabilities": list(target.compute_capabilities),
+        "parts": parts,
+    }
+
+
+def build_engine(
+    graph: Path, engine: Path, profile: Profile, target: Target, say: Say
+) -> dict[str, int]:
+    """Write the file `engine` for the ONNX file `graph`; returns how many layers give each dtype.
+
+    `profile`: per input, its lowest, typical and highest shape; the layers are those of the network
+    before the builder fuses them. Raises ExportError for a node that TensorRT-RTX does not take,
+    naming it, and where the build fails.
+
+    The work is done on a thread of its own: the library calls back into Python between its steps,
+    and no interrupt may be raised through its frames. An interrupted build stops at the next step.
+    """
+    monitor = _make_monitor()
+    started = time.perf_counter()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(_build, graph, profile, target, monitor)
+        try:
+            while not wait([future], timeout=REPORT_EVERY).done:
+                seconds = time.perf_counter() - started
+                say(f"{engine.name}: {monitor.phase}, {seconds:.0f} s so far")
+        except BaseException:
+            monitor.stopped = True
+            raise
+        plan, layers = future.result()
+    with engine.open("wb") as file:
+        file.write(plan)
+    return layers
+
+
+def _build(graph: Path, profile: Profile, target: Target, monitor: Any) -> tuple[Any, dict]:
+    """(the engine as a buffer, layers by dtype)."""
+    trt, logger = _import(), _make_logger()
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(graph)):
+        raise ExportError(f"{graph.stem}: TensorRT-RTX cannot take {_explain(parser.get_error(0))}")
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and ten bits are not fp32
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.progress_monitor = monitor
+    known = _known_capabilities()
+    config.num_compute_capabilities = len(target.compute_capabilities)
+    for i, name in enumerate(target.compute_capabilities):
+        config.set_compute_capability(known[name], i)
+    shapes = builder.create_optimization_profile()
+    for name, bounds in profile.items():
+        shapes.set_shape(name, *bounds)
+    config.add_optimization_profile(shapes)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        reason = " ".join((logger.errors or ["no reason given"])[0].split())
+        raise ExportError(f"{graph.stem}: TensorRT-RTX cannot build the engine: {reason}")
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    giving = (layer for layer in layers if layer.num_outputs)  # an assertion gives nothing
+    return plan, dict(Counter(layer.get_output_type(0).name for layer in giving))
+
+
+def _explain(error: Any) -> str:
+    """What the parser stumbled over, where it has a node: with its op and name."""
+    reason = f"{error.code().name}, {' '.join(error.desc().split())}"
+    if not error.node_name():
+        return f"the graph: {reason}"
+    return f"{error.node_operator()} (node {error.node_name()!r}): {reason}"
+
+
+def _import() -> Any:
+    """Return the `tensorrt_rtx` module; ConfigError when it, or a library of its, is missing."""
+    try:
+        import tensorrt_rtx
+    except (ImportError, OSError) as error:
+        raise ConfigError("engines are built by TensorRT-RTX: pip install tensorrt-rtx") from error
+    return tensorrt_rtx
+
+
+def _known_capabilities() -> dict[str, Any]:
+    """Compute capability, such as "8.9", -> the library's name for it."""
+    members = _import().ComputeCapability.__members__.items()
+    return {f"{name[2:-1]}.{name[-1]}": value for name, value in members if name.startswith("SM")}
+
+
+def _make_logger() -> Any:
+    base: Any = _import().ILogger
+
+    class Logger(base):
+        """Keeps errors, which the library reports in no other way, off the terminal."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= base.ERROR:
+                self.errors.append(message)
+
+    return Logger()
+
+
+def _make_monitor() -> Any:
+    base: Any = _import().IProgressMonitor
+
+    class Monitor(base):
+        """Knows what the builder is at, and stops it when told to."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.phase, self.stopped = "Parsing", False
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.phase = name
+
+        def step_complete(self, name: str, step: int) -> bool:
+            return not self.stopped
+
+        def phase_finish(self, name: str) -> None:
+            """Nothing: the phase that follows says more."""
+
+    return Monitor()
