@@ -42,4 +42,4 @@ def test_generate(model, request, capsys, tmp_path):
     assert result == json.loads(output.read_text())
     (row,) = result["rows"]
     assert row["batch"] == 2 and row["latent_error"] <= 1e-4
-    assert set(row["call_ms"]) == {"diffusers", "new prompt", "known prompt"}
+    assert set(row["call_ms"]) == {"diffusers", "new prompt", "known prompt", "reference ops"}
