@@ -48,39 +48,16 @@ namespace {
 constexpr int kWide = int(kConvPanel) / kLanes;        // registers of one row of a panel
 constexpr int kPixels = kLanes == 16 ? 16 : kLanes == 8 ? 4 : 2;  // outputs in registers at once
 
-// out [R, kConvPanel] = start + a [R, depth] b [depth, kConvPanel]; `start` is the bias, one row for
-// all, or null for out itself. Neighbouring pixels overlap: row r of a begins at a + r C.
-template <int R>
-inline void tap(const float* a, int64_t C, int64_t depth, const float* b, const float* start,
-                float* out, int64_t out_pixel) {
-  Vec sum[R][kWide] = {};
-  for (int64_t d = 0; d < depth; d++, b += kConvPanel) {
-    Vec right[kWide];
-#pragma GCC unroll 4
-    for (int i = 0; i < kWide; i++) right[i] = get<Vec>(b + i * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      const float left = a[r * C + d];
-#pragma GCC unroll 4
-      for (int i = 0; i < kWide; i++) sum[r][i] += left * right[i];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int i = 0; i < kWide; i++) {
-      float* to = out + r * out_pixel + i * kLanes;
-      put(to, sum[r][i] + get<Vec>(start ? start + i * kLanes : to));
-    }
-}
-
-// All taps, each summed on its own: as exact as the library's, which sums in pieces too.
+// out [R, kConvPanel] = bias + sum over `taps` rows of a[tap] [R, depth] b[tap] [depth, kConvPanel];
+// neighbouring pixels overlap: row r of a[tap] begins at a[tap] + r C. Each tap is summed on its own:
+// as exact as the library's, which sums in pieces too.
 template <int R>
 inline void pixels(const float* const* a, int taps, int64_t C, const float* b, const float* bias,
                    float* out, int64_t out_pixel) {
   const int64_t depth = taps * C;
   for (int i = 0; i < taps; i++)
-    tap<R>(a[i], C, depth, b + i * depth * kConvPanel, i ? nullptr : bias, out, out_pixel);
+    tile<R, kWide>(a[i], C, b + i * depth * kConvPanel, kConvPanel, depth, i ? out : bias,
+                   i ? out_pixel : 0, out, out_pixel);
 }
 
 // The last `columns` of a panel that is not whole: computed beside, then copied.

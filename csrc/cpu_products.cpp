@@ -6,33 +6,6 @@ namespace {
 
 constexpr int kMaxVecs = kLanes == 16 ? 4 : 2, kQueries = 4;
 
-// c [R, NV * kLanes] = a [R, depth] b [depth, NV * kLanes] + start, all in registers; `start` is
-// null, one row for all (start_row 0), or c itself.
-template <int R, int NV>
-inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth,
-                 const float* start, int64_t start_row, float* c, int64_t c_row) {
-  Vec sum[R][NV] = {};
-  for (int64_t d = 0; d < depth; d++) {
-    Vec right[NV];
-#pragma GCC unroll 8
-    for (int i = 0; i < NV; i++) right[i] = get<Vec>(b + d * b_row + i * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const float left = a[r * a_row + d];
-#pragma GCC unroll 8
-      for (int i = 0; i < NV; i++) sum[r][i] += left * right[i];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-#pragma GCC unroll 8
-    for (int i = 0; i < NV; i++) {
-      const Vec v = start ? sum[r][i] + get<Vec>(start + r * start_row + i * kLanes) : sum[r][i];
-      put(c + r * c_row + i * kLanes, v);
-    }
-  }
-}
-
 // c [kQueries, width] = a b for a `width` that is a multiple of kLanes.
 void product(const float* a, int64_t a_row, const float* b, int64_t width, int64_t depth, float* c) {
   int64_t x = 0;

@@ -189,4 +189,31 @@ struct Scratch {
   std::vector<float> data;
 };
 
+// c [R, NV * kLanes] = a [R, depth] b [depth, NV * kLanes] + start, all in registers; `start` is
+// null, one row for all (start_row 0), or c itself.
+template <int R, int NV>
+inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth,
+                 const float* start, int64_t start_row, float* c, int64_t c_row) {
+  Vec sum[R][NV] = {};
+  for (int64_t d = 0; d < depth; d++) {
+    Vec right[NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < NV; i++) right[i] = get<Vec>(b + d * b_row + i * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const float left = a[r * a_row + d];
+#pragma GCC unroll 16
+      for (int i = 0; i < NV; i++) sum[r][i] += left * right[i];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 16
+    for (int i = 0; i < NV; i++) {
+      const Vec v = start ? sum[r][i] + get<Vec>(start + r * start_row + i * kLanes) : sum[r][i];
+      put(c + r * c_row + i * kLanes, v);
+    }
+  }
+}
+
 }  // namespace tdm::TDM_ISA
