@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from pathlib import Path
 
-from tdm_r1.errors import ConfigError
+from tdm_r1.errors import ConfigError, report
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -23,14 +22,8 @@ def main(argv: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         return arguments.run(arguments)
-    except (
-        Exception
-    ) as error:  # the boundary of the program: one line for the user, details on request
-        if arguments.traceback:
-            traceback.print_exc()
-        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        print(f"tdm-r1: {kind}{' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:  # the boundary of the program
+        return report(error, "tdm-r1", details=arguments.traceback, unnamed=ConfigError)
 
 
 def _parser() -> argparse.ArgumentParser:

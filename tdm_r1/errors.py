@@ -1,8 +1,10 @@
-"""Every error this package raises on purpose, and the hint that goes with a misspelt name."""
+"""Every error this package raises on purpose, and how a program tells its user of one."""
 
 from __future__ import annotations
 
 import difflib
+import sys
+import traceback
 from collections.abc import Iterable
 
 
@@ -30,3 +32,18 @@ def closest(name: str, allowed: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"`, x the allowed name nearest to `name`; `""` if none is near."""
     matches = difflib.get_close_matches(str(name), [str(option) for option in allowed], n=1)
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def report(
+    error: Exception, program: str, *, details: bool, unnamed: type[Exception] = TdmError
+) -> int:
+    """Say `error` in one line on stderr, after its traceback if `details`; return the exit status.
+
+    The line is "program: class: message", the class left out for errors of `unnamed`. The status
+    is 2 for a ConfigError and 1 for any other.
+    """
+    if details:
+        traceback.print_exception(error)
+    kind = "" if isinstance(error, unnamed) else f"{type(error).__name__}: "
+    print(f"{program}: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+    return 2 if isinstance(error, ConfigError) else 1

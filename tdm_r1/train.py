@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import traceback
 from pathlib import Path
 
 # `deepspeed tdm_r1/train.py` puts this folder, not the one above it, on the path.
@@ -17,7 +16,7 @@ if str(ROOT) not in sys.path:
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from tdm_r1.config import load_recipe  # noqa: E402
-from tdm_r1.errors import ConfigError, TdmError  # noqa: E402
+from tdm_r1.errors import report  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,12 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         return _train(args)
-    except Exception as error:  # the boundary of the program: one line, details on request
-        if args.traceback:
-            traceback.print_exc()
-        kind = "" if isinstance(error, TdmError) else f"{type(error).__name__}: "
-        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:  # the boundary of the program
+        return report(error, "error", details=args.traceback)
 
 
 def _train(args: argparse.Namespace) -> int:

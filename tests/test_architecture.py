@@ -14,7 +14,7 @@ MAX_LINES = 400
 # From the bottom up: a unit (a file or folder of tdm_r1) imports its own layer and those below.
 LAYERS = (
     {"errors"},
-    {"config", "flow", "graphs"},
+    {"config", "files", "flow", "graphs"},
     {"geneval", "shapes", "prompts", "rewards"},
     {"models"},
     {"text", "vae"},

@@ -23,8 +23,9 @@ from tdm_r1.export.onnx_graph import check_installed, write_graph
 from tdm_r1.export.parity import check
 from tdm_r1.export.tensorrt import Target, build_engines
 from tdm_r1.exported.loading import open_parts
-from tdm_r1.exported.manifest import Manifest, sha256, write_manifest
+from tdm_r1.exported.manifest import Manifest, write_manifest
 from tdm_r1.exported.session import import_runtime
+from tdm_r1.files import sha256
 from tdm_r1.models.loading import read_json
 from tdm_r1.pipeline import Pipeline, load_pipeline
 
@@ -139,7 +140,7 @@ def written_whole(output: Path) -> Iterator[Path]:
 def _limits(pipeline: Pipeline) -> tuple[int, tuple[int, int], int]:
     """(multiple of height and width, their largest values, the most text tokens)."""
     config: Any = pipeline.transformer.config
-    unit = pipeline.vae.scale_factor * config.patch_size
+    unit = pipeline.size_unit
     text: Any = pipeline.text
     if pipeline.family == "sd3":
         side = config.pos_embed_max_size * unit

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
-from tdm_r1.errors import ConfigError, TdmError
+from tdm_r1.errors import ConfigError, report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,14 +23,8 @@ def main(argv: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         return _export(arguments)
-    except (
-        Exception
-    ) as error:  # the boundary of the program: one line for the user, details on request
-        if arguments.traceback:
-            traceback.print_exc()
-        kind = "" if isinstance(error, TdmError) else f"{type(error).__name__}: "
-        print(f"tdm-r1-export: {kind}{' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:  # the boundary of the program
+        return report(error, "tdm-r1-export", details=arguments.traceback)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -126,7 +126,7 @@ def make_graphs(engine: Engine, axes: Axes) -> Iterator[Graph]:
 def _latent_axes(pipeline: Pipeline, axes: Axes) -> tuple[Axis, Axis]:
     """Latent height and width: whole patches. Unequal examples, so that neither stands for both."""
     patch = pipeline.transformer.config.patch_size
-    unit = pipeline.vae.scale_factor * patch
+    unit = pipeline.size_unit
     side = pipeline.default_size // unit
     (top, bottom), (left, right) = (
         [end // unit for end in axes[name]] for name in ("height", "width")
@@ -146,7 +146,7 @@ def _sd3(
     low, high = axes["text"]
     joint = Axis.ranging("text", clip + low, clip + high, clip + high)
     rows, cols = _latent_axes(pipeline, axes)
-    unit, num_vectors = pipeline.vae.scale_factor * config.patch_size, sum(model.chunk_sizes())
+    unit, num_vectors = pipeline.size_unit, sum(model.chunk_sizes())
     yield Graph(
         "context",
         SD3Prompt(model, timesteps),
@@ -185,7 +185,7 @@ def _zimage(
     rows, cols = _latent_axes(pipeline, axes)
     low, high = (ceil_to_multiple(end) for end in axes["text"])
     captions = Axis.ranging("captions", low, high, high, typical=TYPICAL_CAPTION)
-    unit = pipeline.vae.scale_factor * config.patch_size
+    unit = pipeline.size_unit
     ends = [axes["height"][i] * axes["width"][i] // unit**2 for i in (0, 1)]
     low, high = (ceil_to_multiple(end) for end in ends)
     typical = rows.bounds[1] * cols.bounds[1] // config.patch_size**2

@@ -56,9 +56,7 @@ def check(engine: Engine, exported: Engine, axes: Axes) -> dict[str, Any]:
 
     Raises ExportError, naming the worst tensor, where an error is above TOLERANCE or not a number.
     """
-    config: Any = engine.pipeline.transformer.config
-    unit = engine.pipeline.vae.scale_factor * config.patch_size
-    tried = sizes_to_try(axes, unit)
+    tried = sizes_to_try(axes, engine.pipeline.size_unit)
     worst: dict[str, Finding] = {}
     for seed, sizes in enumerate(tried):
         generator = torch.Generator().manual_seed(seed)

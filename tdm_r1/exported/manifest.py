@@ -14,6 +14,7 @@ from typing import Any
 
 from tdm_r1 import flow
 from tdm_r1.errors import ConfigError, LoadError
+from tdm_r1.files import sha256
 from tdm_r1.models.loading import read_json
 
 NAME = "export.json"
@@ -102,15 +103,6 @@ def read_manifest(root: Path) -> Manifest:
         if sha256(root / name) != digest:
             raise LoadError(f"{root / name} is not the file that was exported: its sha256 differs")
     return manifest
-
-
-def sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _digest(values: dict[str, Any]) -> str:

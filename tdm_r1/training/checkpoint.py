@@ -10,7 +10,6 @@ process may write to a run directory.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tdm_r1.errors import LoadError
+from tdm_r1.files import sha256
 
 FORMAT = 1
 STATE_FILE = "state.json"
@@ -98,7 +98,7 @@ def load_checkpoint(
         if file.stat().st_size != facts["bytes"]:
             size = file.stat().st_size
             raise LoadError(f"checkpoint file {file} has {size} bytes instead of {facts['bytes']}")
-        if _sha256(file) != facts["sha256"]:
+        if sha256(file) != facts["sha256"]:
             raise LoadError(f"checkpoint file {file} is damaged: its SHA-256 does not match")
         try:
             tensors[group] = load_file(file, device=device)
@@ -126,7 +126,7 @@ def _write(
         file = staging / f"{group}.safetensors"
         save_file(_owned(named), file)
         _fsync(file)
-        groups[group] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        groups[group] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     manifest = {"format": FORMAT, "groups": groups, "state": state}
     (staging / STATE_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _fsync(staging / STATE_FILE)
@@ -207,14 +207,6 @@ def _owned(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(tensor.untyped_storage().data_ptr())
         owned[name] = tensor
     return owned
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -113,8 +113,7 @@ def optimizer_state(engine) -> tuple[dict[str, Tensor], list[int]]:
         state = sharded.optimizer.state.get(share, {})
         for parameter in parameters:
             for slot in sorted(set(state) - {"step"}):
-                whole = parameter.get_full_hp_param(slot)
-                tensors[f"{len(steps):05d}.{slot}"] = whole
+                tensors[f"{len(steps):05d}.{slot}"] = parameter.get_full_hp_param(slot)
             steps.append(int(state.get("step", 0)))
     return tensors, steps
 

@@ -219,6 +219,8 @@ class Trainer:
             _load_tensors(role, tensors.get(name, {}), path) if name != "base" else None
         for name, engine in self.engines.items():
             key = f"optimizer-{name}"
+            if key not in tensors:
+                raise LoadError(f"{path} holds no optimizer of {name}")
             try:
                 distributed.load_optimizer_state(engine, tensors[key], state[key])
             except ValueError as error:

@@ -16,7 +16,8 @@ from tdm_r1.errors import ConfigError, ExportError, LoadError
 from tdm_r1.export import build, tensorrt
 from tdm_r1.export.cli import main
 from tdm_r1.export.tensorrt import Target, build_engine, build_engines
-from tdm_r1.exported.manifest import read_manifest, sha256, write_manifest
+from tdm_r1.exported.manifest import read_manifest, write_manifest
+from tdm_r1.files import sha256
 from tdm_r1.pipeline import load_pipeline
 
 onnx = pytest.importorskip("onnx")

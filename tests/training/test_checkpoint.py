@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tdm_r1.errors import LoadError
+from tdm_r1.files import sha256
 from tdm_r1.training import checkpoint
 from tdm_r1.training.checkpoint import (
     checkpoint_path,
@@ -284,7 +285,7 @@ def test_a_file_that_was_never_safetensors_is_a_load_error(tmp_path):
     file = path / "generator.safetensors"
     file.write_bytes(b"not safetensors")
     groups = json.loads((path / "state.json").read_text())["groups"]
-    groups["generator"] = {"bytes": 15, "sha256": checkpoint._sha256(file)}
+    groups["generator"] = {"bytes": 15, "sha256": sha256(file)}
     edit_manifest(path / "state.json", groups=groups)
     with pytest.raises(LoadError, match=r"generator\.safetensors cannot be read"):
         load_checkpoint(path)
