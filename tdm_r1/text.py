@@ -9,6 +9,7 @@ model's meaning. Z-Image: Qwen3 on the chat template, output of the last layer b
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ CACHED_PROMPTS = 256  # SD3.5 at T = 333 in bf16: 2.7 MB a prompt
 _BATCH = 32  # prompts per forward of an encoder: bounds the memory of one long list
 _T5_TOKENS = 256  # diffusers' default `max_sequence_length`
 _QWEN_TOKENS = 512
+_MAX_TRACED = 2**22  # parameters of an encoder: above, computing takes longer than calling
 
 
 class TextEncoder:
@@ -124,6 +126,41 @@ class QwenFeatures(nn.Module):
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         return self.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+
+
+class Traced(nn.Module):
+    """`features`, whose single prompts are run by TorchScript's interpreter.
+
+    Two thirds of a small encoder's time are Python's, between the operations; a trace of them runs
+    without it. It reads the module's own weights, so updates in place are seen. Only for inputs of
+    one length: what depends on it is fixed by the trace.
+    """
+
+    def __init__(self, features: nn.Module) -> None:
+        super().__init__()
+        self.features = features
+        self._traces: dict[torch.Size, Callable] = {}
+
+    @property
+    def model(self) -> Any:
+        """The transformers module inside."""
+        return self.features.model
+
+    def forward(self, ids_BT: Tensor) -> Any:
+        if torch.compiler.is_exporting() or torch.compiler.is_compiling():
+            return self.features(ids_BT)
+        if len(ids_BT) > 1 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return self.features(ids_BT)
+        if ids_BT.shape not in self._traces:
+            self._traces[ids_BT.shape] = self._trace(ids_BT)
+        return self._traces[ids_BT.shape](ids_BT)
+
+    def _trace(self, ids_BT: Tensor) -> Callable:
+        # torch.jit is deprecated, but torch.export's graphs are run by Python again, and compiling
+        # takes a compiler and a minute.
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return torch.jit.trace(self.features, (ids_BT.clone(),), check_trace=False)
 
 
 class SD3TextEncoder(TextEncoder):
@@ -228,12 +265,18 @@ def load_text_encoder(
     clips = []
     for suffix in ("", "_2"):
         tokenizer, model = _load_pair(root, suffix, "CLIPTextModelWithProjection", **where)
-        clips.append((tokenizer, ClipFeatures(model)))
+        clips.append((tokenizer, _traced(ClipFeatures(model), device)))
     t5 = None
     if any(names.get("text_encoder_3") or ()):
         tokenizer, model = _load_pair(root, "_3", "T5EncoderModel", **where)
-        t5 = tokenizer, T5Features(model)
+        t5 = tokenizer, _traced(T5Features(model), device)
     return SD3TextEncoder(clips, t5, width=width, t5_length=t5_length, device=device)
+
+
+def _traced(features: nn.Module, device: torch.device) -> nn.Module:
+    """Traced where calling costs as much as computing."""
+    small = sum(p.numel() for p in features.parameters()) <= _MAX_TRACED
+    return Traced(features).eval() if device.type == "cpu" and small else features
 
 
 def _load_pair(root: Path, suffix: str, class_name: str, *, device, dtype) -> tuple:

@@ -44,6 +44,33 @@ def test_sd3_equals_diffusers(sd3_dir, sd3_text):
     torch.testing.assert_close(cond.pooled_BE, pooled, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("prompt", ["", *PROMPTS])
+def test_sd3_traced_for_one_prompt_equals_the_batch(sd3_text, prompt):
+    sd3_text.clear_cache()
+    one = sd3_text.encode([prompt])
+    for _, features in [*sd3_text.clips, sd3_text.t5]:
+        assert [tuple(shape) for shape in features._traces] in ([(1, 16)], [(1, 24)])
+    sd3_text.clear_cache()
+    batch = sd3_text.encode([prompt, "another"]).rows(slice(1))
+    torch.testing.assert_close(one.tokens_BTE, batch.tokens_BTE, atol=1e-6, rtol=0)
+    torch.testing.assert_close(one.pooled_BE, batch.pooled_BE, atol=1e-6, rtol=0)
+
+
+def test_sd3_traces_follow_their_weights(sd3_dir):
+    text = load_text_encoder(sd3_dir, "sd3", width=64, **CPU)
+    before = text.encode(["a"])
+    with torch.no_grad():
+        for _, features in [*text.clips, text.t5]:
+            for parameter in features.parameters():
+                parameter.mul_(0.5)
+    text.clear_cache()
+    after = text.encode(["a"])
+    assert not torch.allclose(before.tokens_BTE, after.tokens_BTE, atol=1e-3)
+    text.clear_cache()
+    batch = text.encode(["a", "b"]).rows(slice(1))
+    torch.testing.assert_close(after.tokens_BTE, batch.tokens_BTE, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("length", [8, 128])
 def test_sd3_t5_length_can_be_chosen(sd3_dir, length):
     text = load_text_encoder(sd3_dir, "sd3", width=64, t5_length=length, **CPU)
