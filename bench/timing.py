@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -12,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+_BLOCK = 0.2  # milliseconds
 
 
 @dataclass(frozen=True)
@@ -27,19 +30,24 @@ class Times:
 def interleaved(
     variants: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 3
 ) -> dict[str, Times]:
-    """Run every variant once per round, in turn; returns quantiles over `repeats` rounds.
+    """Run every variant in turn, round after round; returns quantiles over `repeats` rounds.
 
-    CUDA work is waited for on both sides of the clock. Raises ValueError below 5 repeats: the
+    A call below 0.2 ms is repeated for as long within its turn and the mean taken, as
+    torch.utils.benchmark does: of one such call the clock and cold caches are half. CUDA work is
+    waited for on both sides of the clock. Raises ValueError below 5 repeats: the
     quantiles would be made of single runs.
     """
     if repeats < 5:
         raise ValueError(f"repeats is {repeats}; allowed: 5 or more")
     samples: dict[str, list[float]] = {name: [] for name in variants}
+    calls: dict[str, int] = dict.fromkeys(variants, 1)
     for round_ in range(warmup + repeats):
         for name, call in variants.items():
-            elapsed = _milliseconds(call)
+            elapsed = _milliseconds(call, calls[name])
             if round_ >= warmup:
                 samples[name].append(elapsed)
+            elif not torch.cuda.is_available():
+                calls[name] = max(1, math.ceil(_BLOCK / elapsed))
     return {name: _quantiles(values) for name, values in samples.items()}
 
 
@@ -64,12 +72,13 @@ def report(result: dict, path: Path | None) -> None:
     print(line)
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
+def _milliseconds(call: Callable[[], object], times: int) -> float:
     _wait()
     start = time.perf_counter()
-    call()
+    for _ in range(times):
+        call()
     _wait()
-    return (time.perf_counter() - start) * 1e3
+    return (time.perf_counter() - start) * 1e3 / times
 
 
 def _wait() -> None:
@@ -80,7 +89,7 @@ def _wait() -> None:
 def _quantiles(values: list[float]) -> Times:
     p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
     p50 = statistics.median(values)
-    return Times(round(p20, 3), round(p50, 3), round(p80, 3), len(values))
+    return Times(round(p20, 4), round(p50, 4), round(p80, 4), len(values))
 
 
 def _processor() -> str:
