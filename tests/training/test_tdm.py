@@ -8,6 +8,8 @@ from tdm_r1 import flow
 from tdm_r1.errors import RewardError
 from tdm_r1.rewards import load_reward
 from tdm_r1.training import tdm as module
+from tdm_r1.training.clock import Clock
+from tdm_r1.training.queries import pull_input
 from tdm_r1.training.rollout import keyed_generator, renoised, roll_out, score_batches
 from tdm_r1.training.trainer import Trainer
 from tests.training.common import recipe
@@ -29,8 +31,9 @@ class Probe:
         pass
 
 
-def make(tmp_path, model, method="tdm_r1", **values):
-    trainer = Trainer(recipe(tmp_path, model, method=method, roles={"kind": "full"}, **values))
+def make(tmp_path, model, method="tdm_r1", kind="full", **values):
+    roles = {"kind": kind, "rank": 4, "alpha": 4.0}
+    trainer = Trainer(recipe(tmp_path, model, method=method, roles=roles, **values))
     generator = torch.Generator().manual_seed(5)
     for name in ("generator", "fake", "surrogate", "lag"):
         if name in trainer.roles:  # roles that differ, so that a swapped query shows
@@ -42,7 +45,7 @@ def make(tmp_path, model, method="tdm_r1", **values):
 
 
 def plain_losses(trainer, batch, iteration, k, j, slot):
-    """The plain method: every loss of `_backward`, one forward per query; returns {role: loss}."""
+    """The plain method: every loss of `_backward`, one forward per term; returns {role: loss}."""
     roles, schedule, recipe_ = trainer.roles, trainer.engine.schedule, trainer.recipe
     rl, distil, shift = recipe_.reinforcement, recipe_.distillation, trainer.pipeline.shift
     sigma = schedule.sigmas
@@ -79,8 +82,15 @@ def plain_losses(trainer, batch, iteration, k, j, slot):
 
     if trainer.recipe.method == "tdm":
         return {"fake": fake, "generator": ((square(cfg) + square(kl)) / w).mean()}
+    floor = max(sigma[j + 1], rl.t_min_reward)
+    x_j, q, eps = draw(j + 1, floor, (module.SURROGATE, slot), shared=True)
     if k < rl.trunc_steps:
-        x_r, r, _ = draw(k + 1, max(sigma[k + 1], rl.t_min), (module.PULL,), shared=True)
+        if j == k and floor == max(sigma[k + 1], rl.t_min):
+            x_r, r = x_j, q
+        elif sigma[k + 1] >= rl.t_min:
+            x_r, r = x_s, s
+        else:
+            x_r, r, _ = draw(k + 1, rl.t_min, (module.PULL,), shared=True)
         sur_c, sur_u = x0("surrogate", x_r, r, batch.cond), x0("surrogate", x_r, r, batch.uncond)
         guided = sur_u + rl.rl_cfg * (sur_c - sur_u)
         pull = square(guided - x0("base", x_r, r, batch.cond)) / mean(
@@ -90,8 +100,6 @@ def plain_losses(trainer, batch, iteration, k, j, slot):
     else:
         generator = 0.3 * ((square(cfg) + square(kl)) / w).mean()
 
-    floor = max(sigma[j + 1], rl.t_min_reward)
-    x_j, q, eps = draw(j + 1, floor, (module.SURROGATE, slot), shared=True)
     v_star = flow.renoise_velocity(batch.x[j + 1], sigma[j + 1], q, eps)
     v_sur = roles["surrogate"](x_j, q * 1000, batch.cond)
     with torch.no_grad():
@@ -125,14 +133,23 @@ def clear(trainer):
             tensor.grad = None
 
 
+# t_min_reward = t_min shares x_r with the surrogate wherever j = k; 0.6 leaves that to k = 0.
 @pytest.mark.parametrize(
-    ("family", "method", "trunc"),
-    [("sd3", "tdm_r1", 4), ("sd3", "tdm_r1", 1), ("sd3", "tdm", 4), ("zimage", "tdm_r1", 4)],
+    ("family", "method", "kind", "rl"),
+    [
+        ("sd3", "tdm_r1", "full", {}),
+        ("sd3", "tdm_r1", "lora", {"t_min_reward": 0.6}),
+        ("sd3", "tdm_r1", "lora", {"trunc_steps": 1}),
+        ("sd3", "tdm", "full", {}),
+        ("zimage", "tdm_r1", "lora", {}),
+    ],
 )
-def test_iteration_has_the_gradients_of_the_plain_method(family, method, trunc, tmp_path, request):
+def test_iteration_has_the_gradients_of_the_plain_method(
+    family, method, kind, rl, tmp_path, request
+):
     model = request.getfixturevalue(f"{family}_dir")
     rollout = {"num_prompts": 4, "group_size": 3, "micro_groups": 2}
-    trainer = make(tmp_path, model, method, rollout=rollout, reinforcement={"trunc_steps": trunc})
+    trainer = make(tmp_path, model, method, kind, rollout=rollout, reinforcement=rl)
     method_ = trainer.method
     draw = method_.sampler.draw(4)
     batches = [
@@ -141,12 +158,13 @@ def test_iteration_has_the_gradients_of_the_plain_method(family, method, trunc, 
     ]
     for batch in batches:
         batch.advantage_B = torch.randn(6, generator=torch.Generator().manual_seed(1))
+    sources = set()
     for number, batch in enumerate(batches):
-        rng = np.random.default_rng((0, 11, module.STEPS, number))
-        chosen, at = rng.choice(4, 2, replace=False), rng.choice(4, 2, p=np.arange(1, 5) / 10)
-        for slot, (k, j) in enumerate(zip(chosen, at, strict=True)):
-            losses = plain_losses(trainer, batch, 11, int(k), int(j), slot)
-            sum(losses.values()).div(4).backward()
+        for slot, (k, j) in enumerate(method_._draw_steps(11, number)):
+            sources.add(pull_input(trainer.recipe, trainer.engine.schedule, k, j))
+            losses = plain_losses(trainer, batch, 11, k, j, slot)
+            for name, loss in losses.items():  # adapters of one base: each needs its own pass
+                loss.div(4).backward(inputs=list(trainer.roles[name].tensors().values()))
     expected = gradients(trainer)
     clear(trainer)
     method_._update(11, batches)  # last: it moves the lag copy
@@ -207,7 +225,7 @@ def test_advantages_use_the_rewards_of_the_whole_iteration(tmp_path, sd3_dir):
         roll_out(trainer.engine, trainer.roles["generator"], [(i, "two circles")], 3, 0)
         for i in range(2)
     ]
-    metrics = score_batches(trainer.engine, trainer.roles["generator"], parts, reward)
+    metrics = score_batches(trainer.engine, trainer.roles["generator"], parts, reward, Clock())
     r = np.arange(6.0) ** 2
     expected = (r.reshape(2, 3) - r.reshape(2, 3).mean(1, keepdims=True)) / (r.std() + 1e-4)
     found = torch.stack([part.advantage_B for part in parts]).numpy()
@@ -220,4 +238,5 @@ def test_advantages_use_the_rewards_of_the_whole_iteration(tmp_path, sd3_dir):
             trainer.roles["generator"],
             parts,
             load_reward(f"{file}:score"),
+            Clock(),
         )
