@@ -39,12 +39,6 @@ class Tdm:
         recipe = self.recipe = trainer.recipe
         self.trainer, self.engine = trainer, trainer.engine
         self.schedule = trainer.engine.schedule
-        if self.schedule.solver != "euler":
-            # The fake score's target is the first-order x0 prediction of the transition.
-            raise ConfigError(
-                f"rollout.solver must be euler for method {recipe.method}; "
-                f"'{recipe.rollout.solver}' means {self.schedule.solver} for this model"
-            )
         self.shift = recipe.sigma_shift or trainer.pipeline.shift
         self.reinforced = recipe.method == "tdm_r1"
         self.reward = rewards.load_reward(recipe.reward) if self.reinforced else None
@@ -120,7 +114,7 @@ class Tdm:
                     sums.setdefault(name, []).append(value)
         if self.reinforced:
             self._follow_surrogate(iteration)
-        return {name: float(torch.stack(values).mean()) for name, values in sums.items()}
+        return _means(sums)
 
     def _draw_steps(self, iteration: int, micro_batch: int) -> list[tuple[int, int]]:
         """The boundaries (k, j) of a micro-batch, by its number over all ranks.
@@ -168,7 +162,10 @@ class Tdm:
         t_k = torch.full_like(s_B, self.schedule.timesteps[k])
         with self.clock.phase("backward"):
             v_theta = self.trainer.engines["generator"](batch.x[k], t_k, batch.cond)
-        x0_hat = flow.x0_from_v(batch.x[k], v_theta, self.schedule.sigmas[k])
+        x0_k = flow.x0_from_v(batch.x[k], v_theta, self.schedule.sigmas[k])
+        # The value that its rollout went towards, with the gradient of this forward.
+        moved = self.schedule.towards(k, batch.x[k], batch.x[k + 1])
+        x0_hat = moved + self.schedule.gain(k) * (x0_k - x0_k.detach())
         x0 = [flow.x0_from_v(x_s, v[name], s_B) for name in ("base_c", "base_u", "fake")]
         cfg, weight_cfg = self.recipe.distillation.cfg, self.recipe.distillation.weight_cfg
         if not self.reinforced:
@@ -237,11 +234,9 @@ class Tdm:
     def _fake(self, batch: Batch, distil: Noised, k: int, v_base: Tensor) -> tuple[Tensor, Metrics]:
         """The fake score's velocity, detached, after its backward pass."""
         x_s, s_B, _ = distil
-        sigma, following = self.schedule.sigmas[k : k + 2]
-        # The generator has not moved since its rollout, whose Euler step was its velocity: asking
-        # again would cost a forward, and asking for the gradient now would keep two graphs alive.
-        v_theta = (batch.x[k] - batch.x[k + 1]) / (sigma - following)
-        x0_hat = flow.x0_from_v(batch.x[k], v_theta, sigma)
+        # The generator has not moved since its rollout: asking it again would cost a forward, and
+        # asking it now for the gradient would keep two graphs alive.
+        x0_hat = self.schedule.towards(k, batch.x[k], batch.x[k + 1])
         with self.clock.phase("backward"):
             v_fake = self.trainer.engines["fake"](x_s, s_B * 1000, batch.cond)
         drift = self.recipe.distillation.base_drift
@@ -285,3 +280,13 @@ class Tdm:
         follow(roles["lag"], roles["surrogate"], 1 - min(0.3, 0.001 + 0.001 * iteration))
         if rl.reference == "ema":
             follow(roles["reference"], roles["surrogate"], 1 - rl.reference_decay)
+
+
+def _means(values: dict[str, list[Tensor]]) -> dict[str, float]:
+    """The mean of every metric over the micro-batches of all ranks, in their order."""
+    everyone = distributed.gather({name: torch.stack(v).tolist() for name, v in values.items()})
+    names = dict.fromkeys(name for mine in everyone for name in mine)
+    return {
+        name: float(np.mean([value for mine in everyone for value in mine.get(name, [])]))
+        for name in names
+    }
