@@ -66,11 +66,12 @@ class Baseline:
             recipe.seed,
         )
         self.reward = rewards.load_reward(recipe.reward)
-        self.num_forwards = 0
+        self.num_forwards = 0  # of the models, in the last iteration
 
     def iterate(self, iteration: int) -> None:
         """Section by section: rollout, decode, reward, losses of 2 of 4 steps, one step each."""
         recipe, rollout = self.recipe, self.recipe.rollout
+        self.num_forwards = 0
         prompts = [prompt for _, prompt in self.sampler.draw(rollout.num_prompts)]
         count = rollout.micro_groups
         with self.clock.phase("rollout"):
