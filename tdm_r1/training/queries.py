@@ -3,7 +3,7 @@
 Written out term by term, the losses of one boundary k (for the surrogate: j) take 13 forwards of B
 rows: fake score 3 (generator, fake, base), surrogate 3 (surrogate, base, lag copy), generator 7
 (generator; at x_s: base with and without caption, fake; at x_r: base, surrogate with and without).
-Here they are 7 to 10, and what is not trained of them runs as one batch:
+Here they are 7 to 10, and what is not trained of them runs in one or two batches:
 
 1. The fake score's loss and the generator's distillation terms read one x_s. Their draws have one
    law, and the answers of generator, fake and base serve both: 10 forwards are left.
@@ -39,6 +39,8 @@ from tdm_r1.engine import Engine
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.training.roles import Role, stacked
 
+_STACKED = 4  # queries in one batch: bounds what its activations take
+
 
 class Noised(NamedTuple):
     """A re-noised boundary state: x_s [B, C, h, w], its levels [B], the noise [B, C, h, w]."""
@@ -59,15 +61,17 @@ class Query(NamedTuple):
 
 @torch.no_grad()
 def ask(engine: Engine, queries: Sequence[Query]) -> list[Tensor]:
-    """v_BChw (fp32) of every query, one batch per transformer: its weights are read once.
+    """v_BChw (fp32) of every query, in batches of one transformer: they read its weights once.
 
     Roles that are adapters of one base share a batch, each on its own rows.
     """
     answers: dict[int, Tensor] = {}
-    batches: dict[int, list[int]] = {}
+    shared: dict[int, list[int]] = {}
     for index, query in enumerate(queries):
-        batches.setdefault(id(query.role.transformer), []).append(index)
-    for indices in batches.values():
+        shared.setdefault(id(query.role.transformer), []).append(index)
+    for indices in (
+        group[i : i + _STACKED] for group in shared.values() for i in range(0, len(group), _STACKED)
+    ):
         batch = [queries[index] for index in indices]
         sizes = [len(query.x_BChw) for query in batch]
         x_BChw = torch.cat([query.x_BChw for query in batch])
