@@ -166,17 +166,20 @@ def test_iteration_has_the_gradients_of_the_plain_method(
     ]
     for batch in batches:
         batch.advantage_B = torch.randn(6, generator=torch.Generator().manual_seed(1))
-    sources = set()
+    sources, sums = set(), {}
     for number, batch in enumerate(batches):
         for slot, (k, j) in enumerate(method_._draw_steps(11, number)):
             sources.add(pull_input(trainer.recipe, trainer.engine.schedule, k, j))
             losses = plain_losses(trainer, batch, 11, k, j, slot)
-            for name, loss in losses.items():  # adapters of one base: each needs its own pass
-                loss.div(4).backward(inputs=list(trainer.roles[name].tensors().values()))
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + loss.item()
+                loss.div(4).backward()
     assert sources == inputs
     expected = gradients(trainer)
     clear(trainer)
-    method_._update(11, batches)  # last: it moves the lag copy
+    metrics = method_._update(11, batches)  # last: it moves the lag copy
+    for name, total in sums.items():
+        assert metrics[f"{name}_loss"] == pytest.approx(total / 4, rel=1e-4, abs=1e-6)
     found = gradients(trainer)
     assert set(found) == set(expected)
     for name, value in expected.items():
