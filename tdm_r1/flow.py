@@ -150,6 +150,18 @@ class Schedule:
             raise ValueError(f"step {k} of dpm2m is second order: pass m_prev, from step {k - 1}")
         return advance(_at_least_fp32(x_BChw), _at_least_fp32(v_BChw), m_prev_BChw, **constants)
 
+    def towards(self, k: int, x_BChw: Tensor, x_next_BChw: Tensor) -> Tensor:
+        """Return the clean latents M that step k went towards: x' = r x + (1 - r) M, r = s'/s.
+
+        M = m for euler and (1 + q) m - q m_prev for dpm2m: what stands for x0 in x'.
+        """
+        r = self.sigmas[k + 1] / self.sigmas[k]
+        return (x_next_BChw - r * x_BChw) / (1 - r)
+
+    def gain(self, k: int) -> float:
+        """Return dM/dm of `towards` and the step's own prediction m: 1 for euler, 1 + q."""
+        return self.coefficients[k][1] / (1 - self.sigmas[k + 1] / self.sigmas[k])
+
 
 def schedule(solver: str, steps: int, shift: float) -> Schedule:
     """Build the sampling grid of `solver`.

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from bench import train
 from bench.generate import main
 from bench.timing import interleaved
 
@@ -43,3 +44,18 @@ def test_generate(model, request, capsys, tmp_path):
     (row,) = result["rows"]
     assert row["batch"] == 2 and row["latent_error"] <= 1e-4
     assert set(row["call_ms"]) == {"diffusers", "new prompt", "known prompt", "reference ops"}
+
+
+def test_train(capsys):
+    threads = torch.get_num_threads()
+    sizes = ["--prompts", "2", "--group", "2", "--micro-groups", "1"]
+    try:
+        assert train.main([*sizes, "--rounds", "1", "--threads", "1"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["forwards_per_boundary"] == {"ours": 8.2, "baseline": 13}
+    assert result["images"] == 4 and result["latent_error"] <= train.TOLERANCE
+    for side in ("ours", "baseline"):
+        split = [result[side][phase] for phase in train.PHASES]
+        assert min(split) > 0 and sum(split) <= 1.01 * result[side]["seconds"]

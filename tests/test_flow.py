@@ -209,6 +209,24 @@ def test_the_exact_velocity_of_one_point_is_integrated_exactly(solver):
     torch.testing.assert_close(x, x0)
 
 
+@pytest.mark.parametrize("solver", flow.SOLVERS)
+def test_a_step_names_what_it_went_towards_and_how_its_prediction_moves_that(solver):
+    schedule, m_prev = flow.schedule(solver, 5, 3.0), None
+    for k in range(5):
+        x, v = randn(k), randn(k + 9).requires_grad_()
+        x_next, m = schedule.step(k, x, v, m_prev)
+        towards = schedule.towards(k, x, x_next)
+        second_order = solver == "dpm2m" and 0 < k < 4
+        assert second_order or torch.allclose(towards, m)
+        on_the_line = towards + schedule.sigmas[k + 1] / schedule.sigmas[k] * (x - towards)
+        torch.testing.assert_close(on_the_line, x_next)
+        (slope,) = torch.autograd.grad(towards.sum(), v)
+        expected = -schedule.sigmas[k] * schedule.gain(k)
+        torch.testing.assert_close(slope, torch.full_like(slope, expected))
+        assert (schedule.gain(k) > 1) == second_order
+        m_prev = m.detach()
+
+
 def test_the_last_dpm_step_returns_the_prediction_bit_for_bit():
     schedule, x, v = flow.schedule("dpm2m", 4, 3.0), randn(0).float(), randn(1).float()
     x_next, m = schedule.step(3, x, v, randn(2).float())

@@ -257,6 +257,20 @@ class Transformer(Packable):
             return joint(c)
         return torch.cat([linear(c) for linear in self.siblings("modulation")], dim=-1)
 
+    def hold_linears(self, dtype: torch.dtype) -> Transformer:
+        """Store the linears in `dtype`, for weights that are never trained under autocast.
+
+        Autocast casts frozen weights at every call; these it finds cast, so the results keep every
+        bit. Norms, tables and learned tokens stay, and with them `dtype`, that of the residual
+        stream.
+        """
+        assert not self.frozen, "packed weights are views of joint storage"
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                for parameter in module.parameters():
+                    parameter.data = parameter.data.to(dtype)
+        return self
+
     def freeze(self) -> Transformer:
         """Prepare for inference: no parameter needs a gradient, sibling linears run as one GEMM.
 

@@ -6,7 +6,7 @@ Files of them: lora_files.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,10 @@ TARGETS = {
 }
 
 
+# Consecutive samples of a batch: (adapter or None for the base alone, how many samples).
+Rows = Sequence[tuple[str | None, int]]
+
+
 class LoraTensors(NamedTuple):
     """One module's update scale * B A."""
 
@@ -44,7 +48,7 @@ class LoraTensors(NamedTuple):
 
 
 class LoRALinear(nn.Module):
-    """A linear and its named adapters, at most one of which is active.
+    """A linear and its named adapters: at most one of them active, or one for each run of rows.
 
     y = W x + b + scale * B (A x). The adapter's own dtype holds its two products, so fp32 adapters
     on a bf16 base train in fp32 unless autocast says otherwise.
@@ -57,7 +61,8 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.ParameterDict()
         self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
-        self.select(None)
+        self.active: str | None = None
+        self.rows: Rows | None = None
 
     def add_adapter(self, name: str, rank: int, alpha: float, init: str) -> None:
         """Add an adapter whose B is zero, so it changes nothing until it is trained."""
@@ -73,8 +78,13 @@ class LoRALinear(nn.Module):
         self.ranks[name], self.alphas[name] = rank, alpha
 
     def select(self, name: str | None) -> None:
-        """Make one adapter active, or none."""
-        self.active = name
+        """Make one adapter active for all rows, or none."""
+        self.active, self.rows = name, None
+
+    def select_rows(self, rows: Rows) -> None:
+        """Give every run of consecutive samples its own adapter, or none; without gradients."""
+        self.active = None
+        self.rows = tuple((name if name in self.ranks else None, count) for name, count in rows)
 
     def scale(self, name: str) -> float:
         """Return alpha / r of an adapter."""
@@ -82,12 +92,35 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base_layer(x)
-        name = self.active
-        if name is None:
+        if self.rows is not None:
+            return self._add_rows(out, x, self.rows)
+        if self.active is None:
             return out
+        return torch.add(
+            out, self._update(x, self.active, out.dtype), alpha=self.scale(self.active)
+        )
+
+    def _add_rows(self, out: Tensor, x: Tensor, rows: Rows) -> Tensor:
+        """Add each run's update in place. x is [B, ..., D], or [1, B, D] for one step's times."""
+        assert not torch.is_grad_enabled(), "rows of different adapters have no graph"
+        total = sum(count for _, count in rows)
+        x_RD, out_RF = x.flatten(0, -2), out.flatten(0, -2)  # the rows of a sample lie together
+        per_sample, rest = divmod(len(x_RD), total)
+        assert not rest, f"{len(x_RD)} rows are not those of {total} samples"
+        first = 0
+        for name, count in rows:
+            run = slice(first * per_sample, (first + count) * per_sample)
+            if name is not None:
+                out_RF[run].add_(self._update(x_RD[run], name, out.dtype), alpha=self.scale(name))
+            first += count
+        return out_RF.view(out.shape)
+
+    def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        """B (A x), in the dtype it is added to."""
         a, b = self.lora_A[name], self.lora_B[name]
-        low = F.linear(x.to(a.dtype), a) * self.scale(name)
-        return out + F.linear(low, b).to(out.dtype)
+        # Autocast chooses the dtype of products itself: a cast up would only be undone.
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
+        return F.linear(F.linear(x, a), b).to(dtype)
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -137,11 +170,30 @@ def inject(
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Activate one adapter everywhere, or none (the base model). Leaves `requires_grad` alone."""
-    known = {adapter for _, module in lora_modules(model) for adapter in module.ranks}
-    if name is not None and name not in known:
-        raise ConfigError(f"no adapter {name!r}; known: {sorted(known)}.{closest(name, known)}")
-    for _, module in lora_modules(model):
+    modules = [module for _, module in lora_modules(model)]
+    _check_adapters(modules, [name])
+    for module in modules:
         module.select(name if name in module.ranks else None)
+
+
+def set_rows(model: nn.Module, rows: Rows) -> None:
+    """Give runs of consecutive samples an adapter each (None: the base), until the next choice.
+
+    One batch then asks several models that share their base. The model computes without gradients,
+    for as many samples as `rows` counts, their times one step (K = 1). Raises ConfigError for an
+    unknown adapter.
+    """
+    modules = [module for _, module in lora_modules(model)]
+    _check_adapters(modules, [name for name, _ in rows])
+    for module in modules:
+        module.select_rows(rows)
+
+
+def _check_adapters(modules: Sequence[LoRALinear], names: Iterable[str | None]) -> None:
+    known = {adapter for module in modules for adapter in module.ranks}
+    for name in names:
+        if name is not None and name not in known:
+            raise ConfigError(f"no adapter {name!r}; known: {sorted(known)}.{closest(name, known)}")
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

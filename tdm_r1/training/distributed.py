@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Mapping
@@ -78,13 +79,17 @@ def wrap(
 
     Only `parameters` are trained and synchronised; `accumulation` backward passes make one step,
     and their losses are averaged. The forward runs in the role's own precision (autocast inside).
+    The clip is that of `parameters` alone, once per step; `grad_norm` tells the norm before it.
     """
     import deepspeed
 
+    optimizer = optimizers.build(parameters, config)
+    if not zero_stage:  # DeepSpeed would clip too, and forget the norm
+        optimizer.register_step_pre_hook(_Clip(list(parameters.values()), config.clip))
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.clip,
+        "gradient_clipping": config.clip if zero_stage else 0.0,
         "zero_optimization": {"stage": zero_stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
@@ -92,10 +97,27 @@ def wrap(
     engine, *_ = deepspeed.initialize(
         model=role,
         model_parameters=list(parameters.values()),
-        optimizer=optimizers.build(parameters, config),
+        optimizer=optimizer,
         config=settings,
     )
     return engine
+
+
+class _Clip:
+    """Scales gradients to a norm of at most `limit` (0: any) before a step, and keeps the norm."""
+
+    def __init__(self, parameters: list[nn.Parameter], limit: float) -> None:
+        self.parameters, self.limit = parameters, limit or math.inf
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.limit)
+        optimizer.grad_norm = norm  # type: ignore[attr-defined]
+
+
+def grad_norm(engine) -> float:
+    """The norm of a role's whole gradient in its last step, before the clip; on every rank."""
+    norm = getattr(engine.optimizer, "grad_norm", None)
+    return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
 def optimizer_state(engine) -> tuple[dict[str, Tensor], list[int]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +60,14 @@ class Role(nn.Module):
     @contextmanager
     def active(self) -> Iterator[Transformer]:
         """The transformer as this role: adapter chosen, autocast entered."""
-        if self.adapter is not None or any(True for _ in lora.lora_modules(self.transformer)):
-            lora.set_adapter(self.transformer, self.adapter)
-        device = self.transformer.device.type
-        with torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext():
+        lora.set_adapter(self.transformer, self.adapter)
+        with self.precision():
             yield self.transformer
+
+    def precision(self) -> AbstractContextManager:
+        """Autocast to bf16, or nothing."""
+        device = self.transformer.device.type
+        return torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext()
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """What this role owns: its adapter, or the whole transformer. Empty for a LoRA base."""
@@ -81,6 +84,16 @@ class Role(nn.Module):
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+@contextmanager
+def stacked(rows: Sequence[tuple[Role, int]]) -> Iterator[Transformer]:
+    """The transformer of several roles as all of them: (role, how many samples), in batch order."""
+    first = rows[0][0]
+    assert all(role.transformer is first.transformer for role, _ in rows)
+    lora.set_rows(first.transformer, [(role.adapter, count) for role, count in rows])
+    with first.precision():
+        yield first.transformer
 
 
 def build_roles(
@@ -119,6 +132,8 @@ def build_roles(
         for name in set(adapters) & set(ORIGIN):
             follow(roles[name], roles[ORIGIN[name]], 1.0)
     roles["base"] = Role("base", base, None, bf16)
+    if bf16:
+        base.hold_linears(torch.bfloat16)
     if not adapters:
         base.freeze()
     for name, role in roles.items():

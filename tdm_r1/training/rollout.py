@@ -7,7 +7,6 @@ rank or which batch it lands in.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from tdm_r1.engine import Engine, to_output
 from tdm_r1.errors import RewardError, TdmError
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.training import distributed
+from tdm_r1.training.clock import Clock
 from tdm_r1.training.losses import advantages
 from tdm_r1.training.roles import Role
 
@@ -102,20 +102,21 @@ def score_batches(
     role: Role,
     batches: Sequence[Batch],
     reward: rewards.WeightedSum,
+    clock: Clock,
 ) -> dict[str, float]:
     """Decode, score, and give every batch its advantages (statistics over ALL ranks).
 
     A reward that fails on one rank raises RewardError on every rank, before any role changed.
     """
-    start = time.perf_counter()
     values: list[np.ndarray] = []
     failure: Exception | None = None
     try:
         for batch in batches:
-            with role.active():
+            with clock.phase("decode"), role.precision():
                 pictures = to_output(engine.decode(batch.x[-1]), "pil")
             prompts = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
-            values.append(rewards.score(reward, pictures, prompts))
+            with clock.phase("reward"):
+                values.append(rewards.score(reward, pictures, prompts))
     except Exception as error:  # every rank must hear of it before the next collective
         failure = error
     messages = distributed.gather(None if failure is None else describe(failure))
@@ -136,5 +137,4 @@ def score_batches(
         "reward": float(all_PG.mean()),
         "reward_std": float(all_PG.std()),
         "flat_groups": flat / len(all_PG),
-        "seconds_reward": time.perf_counter() - start,
     }

@@ -1,13 +1,13 @@
 """`method: tdm` (distillation to a few steps) and `method: tdm_r1` (reinforcement of that model).
 
 One iteration rolls out the current generator, and makes one optimizer step per role from
-`distillation.boundaries` of the K steps. The three losses of a step see the same roles: nothing is
-updated before the last backward pass. Formulas: `losses.py`.
+`distillation.boundaries` of the K steps. The three losses of a step see the same roles: no role is
+updated before the losses have what they need of it. Formulas: `losses.py`; which forwards they
+share: `queries.py`.
 """
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,9 @@ from tdm_r1.errors import ConfigError
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.prompts import PromptSampler, load_prompts
 from tdm_r1.training import distributed
+from tdm_r1.training.clock import Clock
 from tdm_r1.training.losses import Metrics, fake_loss, generator_loss, surrogate_loss, tdm_loss
+from tdm_r1.training.queries import Noised, Query, ask, draw_boundaries, pull_input
 from tdm_r1.training.roles import follow
 from tdm_r1.training.rollout import Batch, renoised, roll_out, score_batches
 
@@ -37,12 +39,6 @@ class Tdm:
         recipe = self.recipe = trainer.recipe
         self.trainer, self.engine = trainer, trainer.engine
         self.schedule = trainer.engine.schedule
-        if self.schedule.solver != "euler":
-            # The fake score's target is the first-order x0 prediction of the transition.
-            raise ConfigError(
-                f"rollout.solver must be euler for method {recipe.method}; "
-                f"'{recipe.rollout.solver}' means {self.schedule.solver} for this model"
-            )
         self.shift = recipe.sigma_shift or trainer.pipeline.shift
         self.reinforced = recipe.method == "tdm_r1"
         self.reward = rewards.load_reward(recipe.reward) if self.reinforced else None
@@ -57,6 +53,7 @@ class Tdm:
                 f"ranks x micro_groups = {distributed.world_size()} x {recipe.rollout.micro_groups}"
             )
         self.share = share
+        self.clock = Clock()
         passes = share // recipe.rollout.micro_groups * recipe.distillation.boundaries
         self.accumulation = {"generator": passes, "fake": passes, "surrogate": passes}
 
@@ -73,23 +70,20 @@ class Tdm:
 
         Raises RewardError before any role changed; the prompts are drawn again then.
         """
-        start, position = time.perf_counter(), self.sampler.position
+        position = self.sampler.position
         draw = self.sampler.draw(self.recipe.rollout.num_prompts)
         try:
-            batches = self._roll_out(draw[distributed.rank() * self.share :][: self.share])
-            metrics = {"seconds_rollout": time.perf_counter() - start}
+            with self.clock.phase("rollout"):
+                batches = self._roll_out(draw[distributed.rank() * self.share :][: self.share])
+            metrics: dict[str, float] = {}
             if self.reward is not None:
-                metrics |= score_batches(
-                    self.engine,
-                    self.trainer.roles["generator"],
-                    batches,
-                    self.reward,
-                )
+                role = self.trainer.roles["generator"]
+                metrics = score_batches(self.engine, role, batches, self.reward, self.clock)
             self._stop_here(position)
         except Exception:
             self.sampler.position = position
             raise
-        return metrics | self._update(iteration, batches)
+        return metrics | self._update(iteration, batches) | self.clock.read()
 
     def _roll_out(self, groups: list[tuple[int, str]]) -> list[Batch]:
         rollout, role = self.recipe.rollout, self.trainer.roles["generator"]
@@ -120,126 +114,165 @@ class Tdm:
                     sums.setdefault(name, []).append(value)
         if self.reinforced:
             self._follow_surrogate(iteration)
-        return {name: float(torch.stack(values).mean()) for name, values in sums.items()}
+        return _means(sums)
 
     def _draw_steps(self, iteration: int, micro_batch: int) -> list[tuple[int, int]]:
         """The boundaries (k, j) of a micro-batch, by its number over all ranks.
 
-        k, for distillation and pull, without replacement; j, for the surrogate, in proportion to
-        j + 1. The same micro-batch meets the same steps however many ranks share the work.
+        The same micro-batch meets the same steps however many ranks share the work.
         """
         rng = np.random.default_rng((self.recipe.seed, iteration, STEPS, micro_batch))
-        num_steps, boundaries = self.schedule.num_steps, self.recipe.distillation.boundaries
-        weights = np.arange(1, num_steps + 1) / (num_steps * (num_steps + 1) / 2)
-        k = rng.choice(num_steps, boundaries, replace=False)
-        j = rng.choice(num_steps, boundaries, p=weights)
-        return list(zip(k.tolist(), j.tolist(), strict=True))
+        return draw_boundaries(rng, self.schedule.num_steps, self.recipe.distillation.boundaries)
+
+    def _draw_inputs(
+        self, iteration: int, batch: Batch, k: int, j: int, slot: int
+    ) -> tuple[Noised, Noised | None, Noised | None]:
+        """x_s of distillation, x_r of the reward term, and the surrogate's input: `queries.py`."""
+        key, sigmas = (self.recipe.seed, iteration), self.schedule.sigmas
+        distil = self._renoised(batch, k + 1, sigmas[k + 1], (*key, DISTIL, 0), shared=False)
+        if not self.reinforced:
+            return distil, None, None
+        rl = self.recipe.reinforcement
+        floor = max(sigmas[j + 1], rl.t_min_reward)
+        judged = self._renoised(batch, j + 1, floor, (*key, SURROGATE, slot), shared=True)
+        source = pull_input(self.recipe, self.schedule, k, j)
+        if source == "own":
+            floor = max(sigmas[k + 1], rl.t_min)
+            return distil, self._renoised(batch, k + 1, floor, (*key, PULL), shared=True), judged
+        return distil, {"surrogate": judged, "distil": distil, "": None}[source], judged
 
     def _backward(self, iteration: int, batch: Batch, k: int, j: int, slot: int) -> Metrics:
         """All losses of boundary k (surrogate: j), each through its role's engine."""
-        distil, engines = self.recipe.distillation, self.trainer.engines
-        key = (self.recipe.seed, iteration)
-        sigma_k, lower = self.schedule.sigmas[k], self.schedule.sigmas[k + 1]
-        x_s, s_B, _ = self._renoised(batch, k + 1, lower, (*key, DISTIL, 0), shared=False)
-        queries = [(x_s, s_B, batch.cond), (x_s, s_B, batch.uncond)]
-        pulled = self.reinforced and k < self.recipe.reinforcement.trunc_steps
-        if pulled:
-            t_min = max(lower, self.recipe.reinforcement.t_min)
-            x_r, r_B, _ = self._renoised(batch, k + 1, t_min, (*key, PULL), shared=True)
-            queries.append((x_r, r_B, batch.cond))
-        if self.reinforced:
-            floor = max(self.schedule.sigmas[j + 1], self.recipe.reinforcement.t_min_reward)
-            sur = (*self._renoised(batch, j + 1, floor, (*key, SURROGATE, slot), shared=True), j)
-            queries.append((sur[0], sur[1], batch.cond))
-        v_base_c, v_base_u, *v_base = self._ask("base", queries)
+        distil, pull, judged = self._draw_inputs(iteration, batch, k, j, slot)
+        v = self._ask(batch, distil, pull, judged)
+        metrics: Metrics = {}
+        if judged is not None:
+            v_sur, found = self._surrogate(batch, judged, j, v)
+            metrics |= found
+            if pull is judged:
+                v["surrogate_c"] = v_sur
+        v["fake"], found = self._fake(batch, distil, k, v["base_c"])
+        metrics |= found
+        return metrics | self._generator(batch, distil, pull, k, v)
 
+    def _generator(
+        self, batch: Batch, distil: Noised, pull: Noised | None, k: int, v: dict[str, Tensor]
+    ) -> Metrics:
+        x_s, s_B, _ = distil
         t_k = torch.full_like(s_B, self.schedule.timesteps[k])
-        v_theta = engines["generator"](batch.x[k], t_k, batch.cond)
-        x0_hat = flow.x0_from_v(batch.x[k], v_theta, sigma_k)
-        v_fake = engines["fake"](x_s, s_B * 1000, batch.cond)
-        loss, metrics = fake_loss(
-            v_fake, x_s, x0_hat, s_B, v_base_c, drift_weight=distil.base_drift
-        )
-        self._descend("fake", loss)
-
-        x0 = [flow.x0_from_v(x_s, v, s_B) for v in (v_base_c, v_base_u, v_fake.detach())]
-        cfg, weight_cfg = distil.cfg, distil.weight_cfg
+        with self.clock.phase("backward"):
+            v_theta = self.trainer.engines["generator"](batch.x[k], t_k, batch.cond)
+        x0_k = flow.x0_from_v(batch.x[k], v_theta, self.schedule.sigmas[k])
+        # The value that its rollout went towards, with the gradient of this forward.
+        moved = self.schedule.towards(k, batch.x[k], batch.x[k + 1])
+        x0_hat = moved + self.schedule.gain(k) * (x0_k - x0_k.detach())
+        x0 = [flow.x0_from_v(x_s, v[name], s_B) for name in ("base_c", "base_u", "fake")]
+        cfg, weight_cfg = self.recipe.distillation.cfg, self.recipe.distillation.weight_cfg
         if not self.reinforced:
-            loss, found = tdm_loss(x0_hat, *x0, cfg=cfg, weight_cfg=weight_cfg)
+            loss, metrics = tdm_loss(x0_hat, *x0, cfg=cfg, weight_cfg=weight_cfg)
         else:
             rl = self.recipe.reinforcement
-            pull: list[Tensor | None] = [None, None, None]
-            if pulled:
-                v_sur = self._ask("surrogate", [(x_r, r_B, batch.cond), (x_r, r_B, batch.uncond)])
-                pull = [flow.x0_from_v(x_r, v, r_B) for v in (*v_sur, v_base[0])]
-            loss, found = generator_loss(
-                x0_hat, *x0, *pull, k=k, trunc_steps=rl.trunc_steps, rl_cfg=rl.rl_cfg,
+            towards: list[Tensor | None] = [None, None, None]
+            if pull is not None:
+                names = ("surrogate_c", "surrogate_u", "base_r")
+                towards = [flow.x0_from_v(pull.x_BChw, v[name], pull.s_B) for name in names]
+            loss, metrics = generator_loss(
+                x0_hat, *x0, *towards, k=k, trunc_steps=rl.trunc_steps, rl_cfg=rl.rl_cfg,
                 tdm_weight=rl.tdm_weight, cfg=cfg, weight_cfg=weight_cfg,
             )  # fmt: skip
         self._descend("generator", loss)
-        metrics |= found
-        if self.reinforced:
-            metrics |= self._surrogate(batch, *sur, v_base[-1])
         return metrics
 
+    def _ask(
+        self, batch: Batch, distil: Noised, pull: Noised | None, judged: Noised | None
+    ) -> dict[str, Tensor]:
+        """Every velocity that nobody trains, once: at x_s, at x_r (`_r`), where j judges (`_j`)."""
+        roles, asked = self.trainer.roles, {}
+
+        def put(name: str, role: str, at: Noised, cond: Condition = batch.cond) -> None:
+            asked[name] = Query(roles[role], at.x_BChw, at.s_B, cond)
+
+        put("base_c", "base", distil)
+        put("base_u", "base", distil, batch.uncond)
+        if judged is not None:
+            put("base_j", "base", judged)
+            put("lag", "lag", judged)
+            if "reference" in roles:
+                put("reference", "reference", judged)
+        if pull is not None:
+            put("surrogate_u", "surrogate", pull, batch.uncond)
+            if pull is not judged:
+                put("surrogate_c", "surrogate", pull)
+            if pull is not judged and pull is not distil:
+                put("base_r", "base", pull)
+        with self.clock.phase("queries"):
+            v = dict(zip(asked, ask(self.engine, list(asked.values())), strict=True))
+        if pull is judged and judged is not None:
+            v["base_r"] = v["base_j"]
+        elif pull is distil:
+            v["base_r"] = v["base_c"]
+        return v
+
     def _surrogate(
-        self, batch: Batch, x_s: Tensor, s_B: Tensor, eps: Tensor, j: int, v_base: Tensor
-    ) -> Metrics:
-        rl = self.recipe.reinforcement
+        self, batch: Batch, judged: Noised, j: int, v: dict[str, Tensor]
+    ) -> tuple[Tensor, Metrics]:
+        """The surrogate's velocity, detached, after its backward pass."""
+        rl, (x_s, s_B, eps) = self.recipe.reinforcement, judged
         assert batch.advantage_B is not None
-        query = [(x_s, s_B, batch.cond)]
-        v_ref = v_base if rl.reference == "frozen" else self._ask("reference", query)[0]
-        v_lag = self._ask("lag", query)[0]
         v_star = flow.renoise_velocity(batch.x[j + 1], self.schedule.sigmas[j + 1], s_B, eps)
-        v_sur = self.trainer.engines["surrogate"](x_s, s_B * 1000, batch.cond)
+        with self.clock.phase("backward"):
+            v_sur = self.trainer.engines["surrogate"](x_s, s_B * 1000, batch.cond)
         loss, metrics = surrogate_loss(
-            v_sur, v_star, v_base, v_ref, v_lag, batch.advantage_B,
-            num_groups=batch.num_groups, j=j, num_steps=self.schedule.num_steps, beta=rl.beta,
-            lag_clip=rl.lag_clip, drift_weight=rl.drift_weight, drift_limit=rl.drift_gate,
+            v_sur, v_star, v["base_j"], v.get("reference", v["base_j"]), v["lag"],
+            batch.advantage_B, num_groups=batch.num_groups, j=j, beta=rl.beta,
+            num_steps=self.schedule.num_steps, lag_clip=rl.lag_clip, drift_weight=rl.drift_weight,
+            drift_limit=rl.drift_gate,
         )  # fmt: skip
         self._descend("surrogate", loss)
-        return metrics
+        return v_sur.detach(), metrics
+
+    def _fake(self, batch: Batch, distil: Noised, k: int, v_base: Tensor) -> tuple[Tensor, Metrics]:
+        """The fake score's velocity, detached, after its backward pass."""
+        x_s, s_B, _ = distil
+        # The generator has not moved since its rollout: asking it again would cost a forward, and
+        # asking it now for the gradient would keep two graphs alive.
+        x0_hat = self.schedule.towards(k, batch.x[k], batch.x[k + 1])
+        with self.clock.phase("backward"):
+            v_fake = self.trainer.engines["fake"](x_s, s_B * 1000, batch.cond)
+        drift = self.recipe.distillation.base_drift
+        loss, metrics = fake_loss(v_fake, x_s, x0_hat, s_B, v_base, drift_weight=drift)
+        self._descend("fake", loss)
+        return v_fake.detach(), metrics
 
     def _fake_only(self, batch: Batch, k: int, key: tuple[int, ...]) -> None:
         """An extra update of the fake score on fresh noise levels, from the stored trajectory."""
-        sigma_k, lower = self.schedule.sigmas[k], self.schedule.sigmas[k + 1]
-        x_s, s_B, _ = self._renoised(batch, k + 1, lower, key, shared=False)
-        with torch.no_grad():
-            v_theta = self.trainer.roles["generator"](
-                batch.x[k], torch.full_like(s_B, self.schedule.timesteps[k]), batch.cond
-            )
-        (v_base,) = self._ask("base", [(x_s, s_B, batch.cond)])
-        v_fake = self.trainer.engines["fake"](x_s, s_B * 1000, batch.cond)
-        x0_hat = flow.x0_from_v(batch.x[k], v_theta, sigma_k)
-        drift = self.recipe.distillation.base_drift
-        loss, _ = fake_loss(v_fake, x_s, x0_hat, s_B, v_base, drift_weight=drift)
-        self._descend("fake", loss)
+        distil = self._renoised(batch, k + 1, self.schedule.sigmas[k + 1], key, shared=False)
+        query = Query(self.trainer.roles["base"], distil.x_BChw, distil.s_B, batch.cond)
+        with self.clock.phase("queries"):
+            (v_base,) = ask(self.engine, [query])
+        self._fake(batch, distil, k, v_base)
 
     def _renoised(
         self, batch: Batch, boundary: int, lower: float, key: tuple[int, ...], *, shared: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return renoised(
-            batch,
-            boundary,
-            self.schedule,
-            lower=lower,
-            shift=self.shift,
-            key=(*key, boundary),
-            shared=shared,
+    ) -> Noised:
+        return Noised(
+            *renoised(
+                batch,
+                boundary,
+                self.schedule,
+                lower=lower,
+                shift=self.shift,
+                key=(*key, boundary),
+                shared=shared,
+            )
         )
-
-    @torch.no_grad()
-    def _ask(self, role: str, queries: list[tuple[Tensor, Tensor, Condition]]) -> list[Tensor]:
-        """Velocities for several (x, s_B, cond), as one batch: same frozen weights read once."""
-        x = torch.cat([x for x, _, _ in queries])
-        t = torch.cat([s for _, s, _ in queries]) * 1000
-        cond = Condition.cat([c for _, _, c in queries]) if len(queries) > 1 else queries[0][2]
-        return list(self.trainer.roles[role](x, t, cond).split(len(queries[0][0])))
 
     def _descend(self, name: str, loss: Tensor) -> None:
         engine = self.trainer.engines[name]
-        engine.backward(loss)
-        engine.step()
+        with self.clock.phase("backward"):
+            engine.backward(loss)
+        with self.clock.phase("optimizer"):
+            engine.step()
 
     def _follow_surrogate(self, iteration: int) -> None:
         """The lag copy trails by about one step; the reference by an ordinary EMA."""
@@ -247,3 +280,13 @@ class Tdm:
         follow(roles["lag"], roles["surrogate"], 1 - min(0.3, 0.001 + 0.001 * iteration))
         if rl.reference == "ema":
             follow(roles["reference"], roles["surrogate"], 1 - rl.reference_decay)
+
+
+def _means(values: dict[str, list[Tensor]]) -> dict[str, float]:
+    """The mean of every metric over the micro-batches of all ranks, in their order."""
+    everyone = distributed.gather({name: torch.stack(v).tolist() for name, v in values.items()})
+    names = dict.fromkeys(name for mine in everyone for name in mine)
+    return {
+        name: float(np.mean([value for mine in everyone for value in mine.get(name, [])]))
+        for name in names
+    }

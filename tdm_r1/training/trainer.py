@@ -143,6 +143,8 @@ class Trainer:
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
         metrics = self.method.step(self.iteration)
+        for name, engine in self.engines.items():
+            metrics[f"grad_norm_{name}"] = distributed.grad_norm(engine)
         follow(self.roles["ema"], self.roles["generator"], 1 - self._ema_decay())
         self.iteration += 1
         metrics["seconds"] = time.perf_counter() - start

@@ -8,6 +8,8 @@ from tdm_r1 import flow
 from tdm_r1.errors import RewardError
 from tdm_r1.rewards import load_reward
 from tdm_r1.training import tdm as module
+from tdm_r1.training.clock import Clock
+from tdm_r1.training.queries import pull_input
 from tdm_r1.training.rollout import keyed_generator, renoised, roll_out, score_batches
 from tdm_r1.training.trainer import Trainer
 from tests.training.common import recipe
@@ -29,10 +31,11 @@ class Probe:
         pass
 
 
-def make(tmp_path, model, method="tdm_r1", **values):
-    trainer = Trainer(recipe(tmp_path, model, method=method, roles={"kind": "full"}, **values))
+def make(tmp_path, model, method="tdm_r1", kind="full", **values):
+    roles = {"kind": kind, "rank": 4, "alpha": 4.0}
+    trainer = Trainer(recipe(tmp_path, model, method=method, roles=roles, **values))
     generator = torch.Generator().manual_seed(5)
-    for name in ("generator", "fake", "surrogate", "lag"):
+    for name in ("generator", "fake", "surrogate", "lag", "reference"):
         if name in trainer.roles:  # roles that differ, so that a swapped query shows
             for tensor in trainer.roles[name].tensors().values():
                 tensor.data.add_(0.02 * torch.randn(tensor.shape, generator=generator))
@@ -42,7 +45,7 @@ def make(tmp_path, model, method="tdm_r1", **values):
 
 
 def plain_losses(trainer, batch, iteration, k, j, slot):
-    """The plain method: every loss of `_backward`, one forward per query; returns {role: loss}."""
+    """The plain method: every loss of `_backward`, one forward per term; returns {role: loss}."""
     roles, schedule, recipe_ = trainer.roles, trainer.engine.schedule, trainer.recipe
     rl, distil, shift = recipe_.reinforcement, recipe_.distillation, trainer.pipeline.shift
     sigma = schedule.sigmas
@@ -63,6 +66,13 @@ def plain_losses(trainer, batch, iteration, k, j, slot):
     x_s, s, _ = draw(k + 1, sigma[k + 1], (module.DISTIL, 0), shared=False)
     t_k = torch.full((rows,), float(schedule.timesteps[k]))
     x0_hat = batch.x[k] - sigma[k] * roles["generator"](batch.x[k], t_k, batch.cond)
+    if schedule.solver == "dpm2m" and 0 < k < 3:  # second order: m is corrected by the last one
+        t_prev = torch.full((rows,), float(schedule.timesteps[k - 1]))
+        with torch.no_grad():
+            v_prev = roles["generator"](batch.x[k - 1], t_prev, batch.cond)
+        lam = [np.log((1 - s) / s) for s in sigma[:-1]]
+        q = (lam[k + 1] - lam[k]) / (2 * (lam[k] - lam[k - 1]))
+        x0_hat = (1 + q) * x0_hat - q * (batch.x[k - 1] - sigma[k - 1] * v_prev)
     v_fake = roles["fake"](x_s, s * 1000, batch.cond)
     with torch.no_grad():
         v_base = roles["base"](x_s, s * 1000, batch.cond)
@@ -79,8 +89,15 @@ def plain_losses(trainer, batch, iteration, k, j, slot):
 
     if trainer.recipe.method == "tdm":
         return {"fake": fake, "generator": ((square(cfg) + square(kl)) / w).mean()}
+    floor = max(sigma[j + 1], rl.t_min_reward)
+    x_j, q, eps = draw(j + 1, floor, (module.SURROGATE, slot), shared=True)
     if k < rl.trunc_steps:
-        x_r, r, _ = draw(k + 1, max(sigma[k + 1], rl.t_min), (module.PULL,), shared=True)
+        if j == k and floor == max(sigma[k + 1], rl.t_min):
+            x_r, r = x_j, q
+        elif sigma[k + 1] >= rl.t_min:
+            x_r, r = x_s, s
+        else:
+            x_r, r, _ = draw(k + 1, rl.t_min, (module.PULL,), shared=True)
         sur_c, sur_u = x0("surrogate", x_r, r, batch.cond), x0("surrogate", x_r, r, batch.uncond)
         guided = sur_u + rl.rl_cfg * (sur_c - sur_u)
         pull = square(guided - x0("base", x_r, r, batch.cond)) / mean(
@@ -90,15 +107,14 @@ def plain_losses(trainer, batch, iteration, k, j, slot):
     else:
         generator = 0.3 * ((square(cfg) + square(kl)) / w).mean()
 
-    floor = max(sigma[j + 1], rl.t_min_reward)
-    x_j, q, eps = draw(j + 1, floor, (module.SURROGATE, slot), shared=True)
     v_star = flow.renoise_velocity(batch.x[j + 1], sigma[j + 1], q, eps)
     v_sur = roles["surrogate"](x_j, q * 1000, batch.cond)
     with torch.no_grad():
         v_ref, v_lag = (roles[n](x_j, q * 1000, batch.cond) for n in ("base", "lag"))
-    d, d_ref, d_lag = (mean((v - v_star).square()) for v in (v_sur, v_ref, v_lag))
+        v_logit = roles["reference" if rl.reference == "ema" else "base"](x_j, q * 1000, batch.cond)
+    d, d_ref, d_lag, d_logit = (mean((v - v_star).square()) for v in (v_sur, v_ref, v_lag, v_logit))
     a = batch.advantage_B
-    logit = rl.beta * (a * (d - d_ref)).detach().view(batch.num_groups, -1).mean(1)
+    logit = rl.beta * (a * (d - d_logit)).detach().view(batch.num_groups, -1).mean(1)
     weight = logit.sigmoid().repeat_interleave(batch.group_size)
     ratio = (d_lag - d).exp().detach()
     stop = ((a > 0) & (ratio > 1 + rl.lag_clip)) | ((a < 0) & (ratio < 1 - rl.lag_clip))
@@ -125,14 +141,23 @@ def clear(trainer):
             tensor.grad = None
 
 
+# t_min_reward = t_min shares x_r with the surrogate wherever j = k; 0.6 leaves that to k = 0.
 @pytest.mark.parametrize(
-    ("family", "method", "trunc"),
-    [("sd3", "tdm_r1", 4), ("sd3", "tdm_r1", 1), ("sd3", "tdm", 4), ("zimage", "tdm_r1", 4)],
+    ("family", "method", "kind", "solver", "rl", "inputs"),
+    [
+        ("sd3", "tdm_r1", "full", "euler", {}, {"distil", "surrogate"}),
+        ("sd3", "tdm_r1", "lora", "euler", {"t_min_reward": 0.6}, {"distil", "own"}),
+        ("sd3", "tdm_r1", "lora", "dpm2m", {"trunc_steps": 1}, {"distil", ""}),
+        ("sd3", "tdm", "full", "dpm2m", {}, {""}),
+        ("zimage", "tdm_r1", "lora", "euler", {"reference": "ema"}, {"distil", "surrogate"}),
+    ],
 )
-def test_iteration_has_the_gradients_of_the_plain_method(family, method, trunc, tmp_path, request):
+def test_iteration_has_the_gradients_of_the_plain_method(
+    family, method, kind, solver, rl, inputs, tmp_path, request
+):
     model = request.getfixturevalue(f"{family}_dir")
-    rollout = {"num_prompts": 4, "group_size": 3, "micro_groups": 2}
-    trainer = make(tmp_path, model, method, rollout=rollout, reinforcement={"trunc_steps": trunc})
+    rollout = {"num_prompts": 4, "group_size": 3, "micro_groups": 2, "solver": solver}
+    trainer = make(tmp_path, model, method, kind, rollout=rollout, reinforcement=rl)
     method_ = trainer.method
     draw = method_.sampler.draw(4)
     batches = [
@@ -141,31 +166,51 @@ def test_iteration_has_the_gradients_of_the_plain_method(family, method, trunc, 
     ]
     for batch in batches:
         batch.advantage_B = torch.randn(6, generator=torch.Generator().manual_seed(1))
+    sources, sums = set(), {}
     for number, batch in enumerate(batches):
-        rng = np.random.default_rng((0, 11, module.STEPS, number))
-        chosen, at = rng.choice(4, 2, replace=False), rng.choice(4, 2, p=np.arange(1, 5) / 10)
-        for slot, (k, j) in enumerate(zip(chosen, at, strict=True)):
-            losses = plain_losses(trainer, batch, 11, int(k), int(j), slot)
-            sum(losses.values()).div(4).backward()
+        for slot, (k, j) in enumerate(method_._draw_steps(11, number)):
+            sources.add(pull_input(trainer.recipe, trainer.engine.schedule, k, j))
+            losses = plain_losses(trainer, batch, 11, k, j, slot)
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + loss.item()
+                loss.div(4).backward()
+    assert sources == inputs
     expected = gradients(trainer)
     clear(trainer)
-    method_._update(11, batches)  # last: it moves the lag copy
+    metrics = method_._update(11, batches)  # last: it moves the lag copy
+    for name, total in sums.items():
+        assert metrics[f"{name}_loss"] == pytest.approx(total / 4, rel=1e-4, abs=1e-6)
     found = gradients(trainer)
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert torch.allclose(found[name], value, atol=1e-6, rtol=2e-3), name
 
 
-def test_rollout_follows_the_solver_and_replays(tmp_path, sd3_dir):
-    trainer = make(tmp_path, sd3_dir)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("solver", ["euler", "dpm2m"])
+def test_rollouts_follow_the_solver_and_replay_bitwise(solver, kind, tmp_path, sd3_dir):
+    trainer = make(tmp_path, sd3_dir, kind=kind, rollout={"solver": solver, "micro_groups": 2})
     role, schedule = trainer.roles["generator"], trainer.engine.schedule
-    batch = roll_out(trainer.engine, role, [(0, "two circles"), (1, "a circle and a square")], 3, 0)
+    groups = [(0, "two circles"), (1, "a circle and a square")]
+    batch = roll_out(trainer.engine, role, groups, 3, 0)
     assert len(batch.x) == schedule.num_steps + 1
+    with role.active() as transformer:
+        again = trainer.engine.rollout(batch.cond, batch.x[0], transformer=transformer)
+    assert all(torch.equal(a, b) for a, b in zip(again.x, batch.x, strict=True))
+    m = None
     for k in range(schedule.num_steps):
         t = torch.full((6,), float(schedule.timesteps[k]))
         with torch.no_grad():
-            expected, _ = schedule.step(k, batch.x[k], role(batch.x[k], t, batch.cond))
+            v = role(batch.x[k], t, batch.cond)
+        expected, m = schedule.step(k, batch.x[k], v, m)
         assert torch.allclose(batch.x[k + 1], expected, atol=1e-4)
+        # What training takes for x0 of this step, from the stored states alone.
+        r = schedule.sigmas[k + 1] / schedule.sigmas[k]
+        towards = schedule.towards(k, batch.x[k], batch.x[k + 1])
+        assert torch.allclose(r * batch.x[k] + (1 - r) * towards, batch.x[k + 1], atol=1e-6)
+        if schedule.gain(k) == 1.0:
+            assert torch.allclose(towards, m, atol=1e-3)
+    assert (schedule.gain(1) == 1.0) == (solver == "euler")
 
 
 def test_draws_belong_to_the_group_not_to_the_batch(tmp_path, sd3_dir):
@@ -207,7 +252,7 @@ def test_advantages_use_the_rewards_of_the_whole_iteration(tmp_path, sd3_dir):
         roll_out(trainer.engine, trainer.roles["generator"], [(i, "two circles")], 3, 0)
         for i in range(2)
     ]
-    metrics = score_batches(trainer.engine, trainer.roles["generator"], parts, reward)
+    metrics = score_batches(trainer.engine, trainer.roles["generator"], parts, reward, Clock())
     r = np.arange(6.0) ** 2
     expected = (r.reshape(2, 3) - r.reshape(2, 3).mean(1, keepdims=True)) / (r.std() + 1e-4)
     found = torch.stack([part.advantage_B for part in parts]).numpy()
@@ -220,4 +265,5 @@ def test_advantages_use_the_rewards_of_the_whole_iteration(tmp_path, sd3_dir):
             trainer.roles["generator"],
             parts,
             load_reward(f"{file}:score"),
+            Clock(),
         )

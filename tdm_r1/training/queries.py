@@ -1,0 +1,136 @@
+"""Which forwards a boundary needs, which of them are one and the same, and how they are asked.
+
+Written out term by term, the losses of one boundary k (for the surrogate: j) take 13 forwards of B
+rows: fake score 3 (generator, fake, base), surrogate 3 (surrogate, base, lag copy), generator 7
+(generator; at x_s: base with and without caption, fake; at x_r: base, surrogate with and without).
+Here they are 7 to 10, and what is not trained of them runs in one or two batches:
+
+1. The fake score's loss and the generator's distillation terms read one x_s. Their draws have one
+   law, and the answers of generator, fake and base serve both: 10 forwards are left.
+2. The generator's reward term reads an x_r = renoise(x_{k+1}, s_r) that is drawn already, where its
+   level has the same law there, lower bound max(sigma_{k+1}, t_min):
+   - the surrogate's input, if j = k and max(sigma_{k+1}, t_min_reward) is that bound. The base's
+     answer and the surrogate's own training forward serve twice: 8 are left;
+   - else x_s, if sigma_{k+1} >= t_min. The base's answer serves twice: 9 are left;
+   - else one of its own: 10.
+   From trunc_steps on there is no reward term: 7. A moving reference adds one to each.
+3. j comes in proportion to j + 1, k uniformly, and no loss reads both: they are drawn to be equal
+   as often as these two laws allow, which makes the first case of 2 the common one.
+
+What is shared is a draw, never an expectation: every loss is a mean over samples (the surrogate's,
+over groups) of a function of its own (boundary, level, noise), whose law is unchanged; only draws
+of different losses become dependent. A sample's level and noise may be shared by its group or be
+its own in every loss but the surrogate's: there a group's logit compares samples, and (s, eps) must
+be the group's. No role is updated between a draw's first use and its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdm_r1 import flow
+from tdm_r1.config import Recipe
+from tdm_r1.engine import Engine
+from tdm_r1.models.conditioning import Condition
+from tdm_r1.training.roles import Role, stacked
+
+_STACKED = 4  # queries in one batch: bounds what its activations take
+
+
+class Noised(NamedTuple):
+    """A re-noised boundary state: x_s [B, C, h, w], its levels [B], the noise [B, C, h, w]."""
+
+    x_BChw: Tensor
+    s_B: Tensor
+    eps_BChw: Tensor
+
+
+class Query(NamedTuple):
+    """One role's velocity, asked at x_s [B, C, h, w] with levels s [B], for a condition."""
+
+    role: Role
+    x_BChw: Tensor
+    s_B: Tensor
+    cond: Condition
+
+
+@torch.no_grad()
+def ask(engine: Engine, queries: Sequence[Query]) -> list[Tensor]:
+    """v_BChw (fp32) of every query, in batches of one transformer: they read its weights once.
+
+    Roles that are adapters of one base share a batch, each on its own rows.
+    """
+    answers: dict[int, Tensor] = {}
+    shared: dict[int, list[int]] = {}
+    for index, query in enumerate(queries):
+        shared.setdefault(id(query.role.transformer), []).append(index)
+    for indices in (
+        group[i : i + _STACKED] for group in shared.values() for i in range(0, len(group), _STACKED)
+    ):
+        batch = [queries[index] for index in indices]
+        sizes = [len(query.x_BChw) for query in batch]
+        x_BChw = torch.cat([query.x_BChw for query in batch])
+        t_B = torch.cat([query.s_B for query in batch]) * 1000
+        cond = Condition.cat([query.cond for query in batch])
+        roles = [query.role for query in batch]
+        with stacked(list(zip(roles, sizes, strict=True))) as transformer:
+            v_BChw = engine.score(x_BChw, t_B, cond, transformer).float()
+        answers |= zip(indices, v_BChw.split(sizes), strict=True)
+    return [answers[index] for index in range(len(queries))]
+
+
+def draw_boundaries(rng: np.random.Generator, num_steps: int, count: int) -> list[tuple[int, int]]:
+    """`count` pairs (k, j): k without replacement, P(k) = 1/K; P(j) = (j + 1) / (1 + ... + K).
+
+    Within a pair P(j = k) is the largest that these laws allow: j = k with probability
+    min(1, K P(j = k)), else j from what is left of its law.
+    """
+    p_K = np.arange(1, num_steps + 1) / (num_steps * (num_steps + 1) / 2)
+    rest_K = np.maximum(p_K - 1 / num_steps, 0)
+    pairs = []
+    for k in rng.choice(num_steps, count, replace=False).tolist():
+        same = rng.random() < num_steps * p_K[k] or not rest_K.any()
+        pairs.append((k, k if same else int(rng.choice(num_steps, p=rest_K / rest_K.sum()))))
+    return pairs
+
+
+def pull_input(recipe: Recipe, schedule: flow.Schedule, k: int, j: int) -> str:
+    """Where the reward term's x_r comes from: "surrogate", "distil", "own", or "" without one."""
+    rl, sigma = recipe.reinforcement, schedule.sigmas[k + 1]
+    if recipe.method != "tdm_r1" or k >= rl.trunc_steps:
+        return ""
+    if j == k and max(sigma, rl.t_min) == max(sigma, rl.t_min_reward):
+        return "surrogate"
+    return "distil" if sigma >= rl.t_min else "own"
+
+
+def num_forwards(recipe: Recipe, schedule: flow.Schedule, k: int, j: int) -> int:
+    """Forwards of B rows that the losses of boundary (k, j) take, training's three among them."""
+    if recipe.method != "tdm_r1":
+        return 4
+    own = {"surrogate": 8, "distil": 9, "own": 10, "": 7}[pull_input(recipe, schedule, k, j)]
+    return own + (recipe.reinforcement.reference == "ema")
+
+
+def mean_forwards(recipe: Recipe, schedule: flow.Schedule) -> float:
+    """`num_forwards`, averaged over the law of (k, j)."""
+    return sum(
+        probability * num_forwards(recipe, schedule, k, j)
+        for k, j, probability in _law(schedule.num_steps)
+    )
+
+
+def _law(num_steps: int) -> Iterator[tuple[int, int, float]]:
+    """(k, j, probability) of `draw_boundaries`."""
+    p_K = np.arange(1, num_steps + 1) / (num_steps * (num_steps + 1) / 2)
+    rest_K = np.maximum(p_K - 1 / num_steps, 0)
+    for k in range(num_steps):
+        same = min(1.0, num_steps * p_K[k])
+        for j in range(num_steps):
+            moved = (1 - same) * rest_K[j] / rest_K.sum() if same < 1 else 0.0
+            yield k, j, (same * (j == k) + moved) / num_steps
