@@ -62,7 +62,7 @@ class Roles:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Where prompts come from: "shapes" or "geneval" and its families, or a file, one a line."""
+    """Where prompts come from: "shapes", "geneval" or "ocr", and families of it; or a text file."""
 
     source: str = "shapes"
     families: tuple[str, ...] = ("counting", "colours", "position", "attribution")
