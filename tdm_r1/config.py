@@ -17,6 +17,7 @@ from .errors import ConfigError, closest
 
 RECIPES = Path(__file__).parent / "recipes"
 METHODS = ("sft", "tdm", "tdm_r1")
+_FROM_ZERO = ("seed", "resolution", "t5_length", "evaluation.num_prompts", "memory.gpus")
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,27 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """How a run fits into its GPUs.
+
+    base: dtype of what no optimizer steps: the frozen base, the text encoders, the VAE. Adapters
+        and roles with parameters of their own stay fp32. "bf16" halves the base and rounds what
+        flows through it.
+    checkpoint_blocks: keep a block's inputs only and run it again in the backward pass.
+    precompute_text: encode the run's prompts once, into the output folder, and drop the encoders.
+    offload: VAE and reward on the CPU but while they work.
+    gpus, gpu_gb: what `--dry-run` plans for; 0 is what is there.
+    """
+
+    base: str = "fp32"
+    checkpoint_blocks: bool = False
+    precompute_text: bool = False
+    offload: bool = False
+    gpus: int = 0
+    gpu_gb: float = 0.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run. The YAML file's keys are these fields; nested keys, those of the classes above.
 
@@ -180,6 +202,7 @@ class Recipe:
     distillation: Distillation = field(default_factory=Distillation)
     reinforcement: Reinforcement = field(default_factory=Reinforcement)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    memory: Memory = field(default_factory=Memory)
 
 
 def load_recipe(name_or_file: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -222,6 +245,7 @@ def validate(recipe: Recipe) -> Recipe:
     for name in recipe.roles.full:
         _choice("roles.full", name, ("generator", "fake", "surrogate"))
     _choice("precision", recipe.precision, ("bf16", "fp32"))
+    _choice("memory.base", recipe.memory.base, ("fp32", "bf16"))
     _choice("reinforcement.reference", recipe.reinforcement.reference, ("frozen", "ema"))
     _choice("zero_stage", recipe.zero_stage, (0, 1, 2))
     for name, value in (
@@ -238,9 +262,10 @@ def validate(recipe: Recipe) -> Recipe:
         ("seed", recipe.seed + 1),
         ("resolution", recipe.resolution + 1),
         ("t5_length", recipe.t5_length + 1),
+        ("memory.gpus", recipe.memory.gpus + 1),
     ):
         if value < 1:
-            zero = name in ("seed", "resolution", "t5_length", "evaluation.num_prompts")
+            zero = name in _FROM_ZERO
             raise ConfigError(f"{name} must be at least {0 if zero else 1}; got {value - zero}")
     for name in ("t_min", "t_min_reward"):
         level = getattr(recipe.reinforcement, name)

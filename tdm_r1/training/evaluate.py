@@ -37,6 +37,11 @@ class Evaluator:
         self.pipeline = pipeline
         self.engine = Engine(pipeline, steps=config.steps, solver=recipe.rollout.solver)
 
+    @property
+    def all_prompts(self) -> list[str]:
+        """What `run` draws."""
+        return [*self.prompts, *self.held_out]
+
     def run(self, role: Role) -> dict[str, Any]:
         """Score a role on the recipe's prompts, and on the families it is not trained on.
 

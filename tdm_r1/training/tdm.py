@@ -79,12 +79,9 @@ class Tdm:
             batches = self._roll_out(draw[distributed.rank() * self.share :][: self.share])
             metrics = {"seconds_rollout": time.perf_counter() - start}
             if self.reward is not None:
-                metrics |= score_batches(
-                    self.engine,
-                    self.trainer.roles["generator"],
-                    batches,
-                    self.reward,
-                )
+                role = self.trainer.roles["generator"]
+                with self.trainer.scoring():
+                    metrics |= score_batches(self.engine, role, batches, self.reward)
             self._stop_here(position)
         except Exception:
             self.sampler.position = position
