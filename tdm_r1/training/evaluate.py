@@ -35,7 +35,8 @@ class Evaluator:
         default = "shapes:strict" if source == "shapes" else recipe.reward
         self.reward = rewards.load_reward(config.reward or default)
         self.pipeline = pipeline
-        self.engine = Engine(pipeline, steps=config.steps, solver=recipe.rollout.solver)
+        self.steps = config.steps or recipe.rollout.steps
+        self.engine = Engine(pipeline, steps=self.steps, solver=recipe.rollout.solver)
 
     @property
     def all_prompts(self) -> list[str]:
@@ -52,7 +53,7 @@ class Evaluator:
         """
         facts = {
             "seed": self.config.seed,
-            "steps": self.config.steps,
+            "steps": self.steps,
             "guidance": self.config.guidance,
         }
         result = self._score(role, self.prompts, self.config.seed) | facts

@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 
+from tdm_r1 import Engine
 from tdm_r1.config import load_recipe
 from tdm_r1.errors import ConfigError
 from tdm_r1.models.loading import load_transformer
@@ -14,7 +15,7 @@ from tdm_r1.training.offload import Offload
 from tdm_r1.training.trainer import Trainer
 from tests.training.common import recipe, write_recipe
 
-TIGHT = {"checkpoint_blocks": True, "precompute_text": True, "offload": True}
+TIGHT = {"checkpoint_blocks": True, "precompute_text": True, "offload": True, "decode_batch": 2}
 BRIGHT = """import numpy as np
 def score(images, prompts):
     return [float(np.asarray(i).mean()) / 255 for i in images]
@@ -180,6 +181,19 @@ def test_vae_and_rewards_move(sd3_dir, tmp_path):
     (tmp_path / "mine.py").write_text(MOVABLE)
     reward = load_reward(f"jpeg+{tmp_path}/mine.py:score")
     assert reward.to(torch.device("meta")).terms[1].fn.device.type == "meta"
+
+
+def test_pictures_are_decoded_as_many_at_a_time_as_the_recipe_says(sd3_dir, monkeypatch):
+    engine = Engine(load_pipeline(sd3_dir, dtype="float32"))
+    x = torch.randn(5, 16, 8, 8, generator=torch.Generator().manual_seed(2))
+    whole, sizes = engine.decode(x), []
+    decode = engine.pipeline.vae.decode
+    monkeypatch.setattr(
+        engine.pipeline.vae, "decode", lambda part: sizes.append(len(part)) or decode(part)
+    )
+    engine.decoded_pixels = 2 * 64 * 64
+    assert torch.allclose(engine.decode(x), whole, atol=1e-5)
+    assert sizes == [2, 2, 1]
 
 
 def test_bad_memory_settings(tmp_path, sd3_dir):
