@@ -145,6 +145,22 @@ def test_an_interrupted_shard_is_written_again(zimage_dir, tmp_path):
     assert torch.equal(pipeline.text.encode(["two"]).tokens_BTE, wanted)
 
 
+def test_ranks_share_the_encoding(zimage_dir, tmp_path, monkeypatch):
+    prompts = ["", "one", "two", "three", "four"]
+    monkeypatch.setattr(embeddings.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(embeddings.distributed, "barrier", lambda: None)
+    for rank in (0, 1):
+        monkeypatch.setattr(embeddings.distributed, "rank", lambda rank=rank: rank)
+        with monkeypatch.context() as patch:
+            patch.setattr(embeddings, "read_index", lambda folder: {})  # as both ranks see it
+            pipeline = load_pipeline(zimage_dir, dtype="float32")
+            embeddings.precompute(pipeline, prompts, tmp_path)
+    (folder,) = (tmp_path / "embeddings").iterdir()
+    where = embeddings.read_index(folder)
+    assert where.keys() == set(prompts)
+    assert [where[prompt][0][:4] for prompt in prompts] == ["0000", "0001"] * 2 + ["0000"]
+
+
 class Part:
     """Notes where it is moved."""
 
