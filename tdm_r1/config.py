@@ -17,6 +17,15 @@ from .errors import ConfigError, closest
 
 RECIPES = Path(__file__).parent / "recipes"
 METHODS = ("sft", "tdm", "tdm_r1")
+_FROM_ZERO = (
+    "seed",
+    "resolution",
+    "t5_length",
+    "evaluation.num_prompts",
+    "evaluation.steps",
+    "memory.gpus",
+    "memory.decode_batch",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Roles:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Where prompts come from: "shapes" or "geneval" and its families, or a file, one a line."""
+    """Where prompts come from: "shapes", "geneval" or "ocr", and families of it; or a text file."""
 
     source: str = "shapes"
     families: tuple[str, ...] = ("counting", "colours", "position", "attribution")
@@ -131,7 +140,7 @@ class Reinforcement:
 class Evaluation:
     """Seeded evaluation on EMA weights, every `every` iterations (0: only first and last).
 
-    `num_prompts` 0 takes every prompt of the split once.
+    `num_prompts` 0 takes every prompt of the split once, `steps` 0 as many steps as the rollout.
     """
 
     every: int = 0
@@ -139,11 +148,34 @@ class Evaluation:
     split: str = "test"
     num_prompts: int = 256
     seed: int = 10_000
-    steps: int = 4
+    steps: int = 0
     guidance: float = 1.0
     held_out_families: tuple[str, ...] = ()
     prompts_file: str = ""
     reward: str = ""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How a run fits into its GPUs.
+
+    base: dtype of what no optimizer steps: the frozen base, the text encoders, the VAE. Adapters
+        and roles with parameters of their own stay fp32. "bf16" halves the base and rounds what
+        flows through it.
+    checkpoint_blocks: keep a block's inputs only and run it again in the backward pass.
+    precompute_text: encode the run's prompts once, into the output folder, and drop the encoders.
+    offload: VAE and reward on the CPU but while they work.
+    decode_batch: pictures per pass of the VAE; 0 is the engine's own bound.
+    gpus, gpu_gib: what `--dry-run` plans for; 0 is what is there.
+    """
+
+    base: str = "fp32"
+    checkpoint_blocks: bool = False
+    precompute_text: bool = False
+    offload: bool = False
+    decode_batch: int = 0
+    gpus: int = 0
+    gpu_gib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -180,11 +212,13 @@ class Recipe:
     distillation: Distillation = field(default_factory=Distillation)
     reinforcement: Reinforcement = field(default_factory=Reinforcement)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    memory: Memory = field(default_factory=Memory)
 
 
 def load_recipe(name_or_file: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe by name, or a YAML file, and apply `a.b=value` overrides (YAML values).
 
+    A file with `extends: NAME` holds only what differs from that shipped recipe.
     Raises ConfigError for an unknown recipe, key or value, with the closest match.
     """
     path = Path(name_or_file)
@@ -196,6 +230,14 @@ def load_recipe(name_or_file: str | Path, overrides: typing.Sequence[str] = ()) 
             raise ConfigError(
                 f"no recipe named '{name_or_file}'; shipped: {', '.join(names)}.{hint}"
             )
+    values = _read(path)
+    for override in overrides:
+        _override(values, override)
+    return validate(_build(Recipe, values, ""))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The keys of a file, over those of the recipe that it extends."""
     if not path.is_file():
         raise ConfigError(f"recipe file {path} does not exist")
     try:
@@ -204,9 +246,23 @@ def load_recipe(name_or_file: str | Path, overrides: typing.Sequence[str] = ()) 
         raise ConfigError(f"recipe {path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {path} must be a mapping of keys to values")
-    for override in overrides:
-        _override(values, override)
-    return validate(_build(Recipe, values, ""))
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    source = RECIPES / f"{parent}.yaml"
+    if not source.is_file() or source == path:
+        raise ConfigError(f"recipe {path} extends {parent!r}, which is no other shipped recipe")
+    return _merged(_read(source), values)
+
+
+def _merged(base: dict, over: dict) -> dict:
+    """`over` upon `base`, groups of keys key by key."""
+    both = {
+        key: _merged(base[key], value)
+        for key, value in over.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return {**base, **over, **both}
 
 
 def save_recipe(recipe: Recipe, file: str | Path) -> None:
@@ -222,6 +278,7 @@ def validate(recipe: Recipe) -> Recipe:
     for name in recipe.roles.full:
         _choice("roles.full", name, ("generator", "fake", "surrogate"))
     _choice("precision", recipe.precision, ("bf16", "fp32"))
+    _choice("memory.base", recipe.memory.base, ("fp32", "bf16"))
     _choice("reinforcement.reference", recipe.reinforcement.reference, ("frozen", "ema"))
     _choice("zero_stage", recipe.zero_stage, (0, 1, 2))
     for name, value in (
@@ -238,9 +295,12 @@ def validate(recipe: Recipe) -> Recipe:
         ("seed", recipe.seed + 1),
         ("resolution", recipe.resolution + 1),
         ("t5_length", recipe.t5_length + 1),
+        ("memory.gpus", recipe.memory.gpus + 1),
+        ("memory.decode_batch", recipe.memory.decode_batch + 1),
+        ("evaluation.steps", recipe.evaluation.steps + 1),
     ):
         if value < 1:
-            zero = name in ("seed", "resolution", "t5_length", "evaluation.num_prompts")
+            zero = name in _FROM_ZERO
             raise ConfigError(f"{name} must be at least {0 if zero else 1}; got {value - zero}")
     for name in ("t_min", "t_min_reward"):
         level = getattr(recipe.reinforcement, name)

@@ -72,6 +72,7 @@ class Engine:
                 f"steps is {steps} and solver is {name!r}; this export was made for"
                 f" {only.num_steps} steps of {only.solver!r}"
             )
+        self.decoded_pixels = _DECODED_PIXELS
         self.last_seed: int | None = None
         self._plans: OrderedDict[tuple, _Plan] = OrderedDict()
         self._t_K1 = torch.tensor(self.schedule.timesteps, device=pipeline.device)[:, None]
@@ -196,7 +197,7 @@ class Engine:
         """Return images_B3HW, fp32 in [0, 1], for normalised latents."""
         vae = self.pipeline.vae
         pixels = latents_BChw.shape[-2] * latents_BChw.shape[-1] * vae.scale_factor**2
-        parts = latents_BChw.split(max(1, _DECODED_PIXELS // pixels))
+        parts = latents_BChw.split(max(1, self.decoded_pixels // pixels))
         images = [vae.decode(part) for part in parts]
         return images[0] if len(images) == 1 else torch.cat(images)
 

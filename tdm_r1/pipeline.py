@@ -43,7 +43,7 @@ class Pipeline:
     default_size: int
     name: str
     path: Path
-    lora: Path | None = None  # what was merged into the transformer
+    lora: Path | None = None  # what was merged into the transformer, or would be
     schedule: Schedule | None = None  # the only one it can follow: an export's; None: any
 
     @property
@@ -67,6 +67,7 @@ def load_pipeline(
     backend: str = "auto",
     weights: str = "default",
     t5_length: int | None = None,
+    merge: bool = True,
 ) -> Pipeline:
     """Load a model.
 
@@ -76,18 +77,22 @@ def load_pipeline(
     place of a shipped one.
     `weights="base"` loads a shipped name without its LoRA. `device="auto"` takes CUDA when there is
     one; `dtype="auto"` is bfloat16 there and float32 on a CPU. `t5_length` replaces the padded T5
-    length of SD3 (256, or the tokenizer's own limit). Raises LoadError for anything that is not a
-    supported, complete model.
+    length of SD3 (256, or the tokenizer's own limit). `merge=False`, for a trainer, leaves the
+    transformer as it is stored, not frozen, and only names the LoRA. Raises LoadError for anything
+    that is not a supported, complete model.
     """
     if weights not in ("default", "base"):
         raise LoadError(f"weights is {weights!r}; allowed: 'default', 'base'")
     device, dtype = resolve_device(device), resolve_dtype(dtype, resolve_device(device))
     root, bundled = find_model(name_or_dir)
     family = _family(root)
-    solver, shift = _sampling(root)
+    solver, shift = sampling(root)
     # A run that starts from the bundled LoRA ends in one that holds it: `lora` replaces it.
     merged = Path(lora) if lora is not None else bundled if weights == "default" else None
-    transformer = _load_merged(root, merged, backend=backend, device=device, dtype=dtype)
+    if merge:
+        transformer = _load_merged(root, merged, backend=backend, device=device, dtype=dtype)
+    else:
+        transformer = load_transformer(root, backend=backend, device=device, dtype=dtype)
     width = getattr(
         transformer.config, "joint_attention_dim" if family == "sd3" else "cap_feat_dim"
     )
@@ -194,7 +199,7 @@ def _family(root: Path) -> str:
     return FAMILIES[class_name]
 
 
-def _sampling(root: Path) -> tuple[str, float]:
+def sampling(root: Path) -> tuple[str, float]:
     """(solver, shift) of the stored scheduler."""
     path = root / "scheduler" / "scheduler_config.json"
     config = read_json(path)

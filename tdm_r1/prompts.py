@@ -11,18 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from . import geneval, shapes
+from . import geneval, shapes, signs
 from .errors import ConfigError
 
 # name -> (family, split) -> prompts
-LANGUAGES = {"shapes": shapes.captions, "geneval": geneval.prompts}
+LANGUAGES = {"shapes": shapes.captions, "geneval": geneval.prompts, "ocr": signs.prompts}
 
 
 def load_prompts(
     source: str, families: Sequence[str] = (), split: str = "all"
 ) -> tuple[tuple[str, ...], ...]:
     """Prompts by family. `source`: "shapes" (the embedded world), "geneval" (its tasks are the
-    families, its published prompts the test split) or a text file, one prompt a line.
+    families, its published prompts the test split), "ocr" (text in double quotes; the families are
+    its lengths) or a text file, one prompt a line.
 
     Raises ConfigError for an unknown family, a missing file, or no prompts at all.
     """

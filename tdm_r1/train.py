@@ -1,5 +1,7 @@
 """Train: `deepspeed tdm_r1/train.py --recipe NAME [--set a.b=value ...] [--resume] [--traceback]`.
 
+`--dry-run` prints what the run would take, and refuses what does not fit; it loads nothing.
+
 Exit status 0 done, 1 failed, 2 the command or the recipe is wrong, 128 + N stopped by signal N.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipe", required=True, help="shipped name or YAML file")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -38,6 +42,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
+    if args.dry_run:
+        from tdm_r1.training import plan
+
+        made = plan.make_plan(recipe)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(plan.report(made))
+        plan.require_fit(made)
+        return 0
     from tdm_r1.training import distributed
     from tdm_r1.training.trainer import Interrupted, Trainer
 

@@ -29,15 +29,26 @@ class VAE:
     def __init__(self, model, *, backend: str = "auto") -> None:
         """`model` is an AutoencoderKL; channels last spares every convolution two re-layouts."""
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.dtype = model.dtype
-        ops = select(backend, model.device, model.dtype, grad=False)
-        self.decoder = Decoder(model.decoder, model.post_quant_conv, ops)
+        self.dtype, self.backend = model.dtype, backend
+        self._bind()
         config = model.config
         self.scaling = config.scaling_factor
         self.shift = config.shift_factor or 0.0
         self.latent_channels = config.latent_channels
         self.scale_factor = 2 ** (len(config.block_out_channels) - 1)
         self.sample_size = config.sample_size
+
+    def to(self, device: torch.device) -> VAE:
+        """Move the weights, and return self."""
+        if self.model.device != device:
+            self.model.to(device)
+            self._bind()
+        return self
+
+    def _bind(self) -> None:
+        model = self.model
+        ops = select(self.backend, model.device, model.dtype, grad=False)
+        self.decoder = Decoder(model.decoder, model.post_quant_conv, ops)
 
     def decode(self, latents_BChw: Tensor) -> Tensor:
         """Return images_B3HW fp32 in [0, 1]: D(latents_BChw / scaling + shift)."""

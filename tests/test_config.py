@@ -19,7 +19,8 @@ def write(tmp_path, **values):
 def test_shipped_recipes_load_and_survive_a_round_trip(name, tmp_path):
     recipe = load_recipe(name)
     keys = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-    assert {"model", "iterations", "output", "seed"} <= set(keys)
+    own = {"output"} if "extends" in keys else {"model", "iterations", "output", "seed"}
+    assert own <= set(keys)
     save_recipe(recipe, tmp_path / "copy.yaml")
     assert load_recipe(tmp_path / "copy.yaml") == recipe
 
@@ -76,3 +77,18 @@ def test_missing_keys_files_and_names(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="is not YAML"):
         load_recipe(tmp_path / "bad.yaml")
+
+
+def test_a_recipe_extends_a_shipped_one_key_by_key(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: sd35m-ocr\noutput: runs/mine\nrollout: {micro_groups: 1}\n")
+    mine, whole = load_recipe(file, ["seed=3"]), load_recipe("sd35m-ocr")
+    assert (mine.output, mine.seed, mine.rollout.micro_groups) == ("runs/mine", 3, 1)
+    assert mine.rollout.num_prompts == whole.rollout.num_prompts
+    assert mine.reinforcement == whole.reinforcement
+    save_recipe(mine, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == mine
+    for parent in ("sd35m-orc", str(file)):
+        file.write_text(f"extends: {parent}\n")
+        with pytest.raises(ConfigError, match="extends .* which is no other shipped recipe"):
+            load_recipe(file)

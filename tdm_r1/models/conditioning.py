@@ -31,7 +31,12 @@ class Condition:
         return self.tokens_BTE.shape[0]
 
     def repeat(self, n: int) -> Condition:
-        """Return each row n times in a row: prompt 0 n times, then prompt 1, and so on."""
+        """Return each row n times in a row: prompt 0 n times, then prompt 1, and so on.
+
+        A single row is not copied: a group's text of a large model is 40 MB.
+        """
+        if len(self) == 1:
+            return self._map(lambda value: value.expand(n, *value.shape[1:]))
         return self._map(lambda value: value.repeat_interleave(n, dim=0))
 
     def rows(self, index: slice | Sequence[int] | Tensor) -> Condition:

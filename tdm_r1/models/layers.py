@@ -209,6 +209,7 @@ class Transformer(Packable):
         self.backend = backend
         self.head_dim = head_dim
         self.frozen = False
+        self.checkpoint_blocks = False  # recompute every block's activations in the backward pass
         self.recorded: dict[str, Callable[..., Tensor]] = {}
         self.weights: tuple[nn.Parameter, ...] = ()  # once frozen: finding them takes its time
         self.bind_ops()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdm_r1.errors import ConfigError
+from tdm_r1.models.checkpointing import block_runner
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.config import parse_config
 from tdm_r1.models.layers import (
@@ -209,10 +210,11 @@ class SD3Transformer(Transformer):
         """Return the patches of v [B, n, p p C] for embedded patches and text."""
         ops, blocks, mods = self.ops, self.transformer_blocks, mod_MB1D.split(self.chunk_sizes())
         y_BnD, yc_BTD = blocks[0].norms(h_BnD, c_BTD, mods[0], ops)
+        run = block_runner(self.checkpoint_blocks)
         for index, block in enumerate(blocks):
             following = self.following(index, mods[index + 1])
-            h_BnD, c_BTD, y_BnD, yc_BTD = block(
-                h_BnD, c_BTD, y_BnD, yc_BTD, mods[index], following, ops
+            h_BnD, c_BTD, y_BnD, yc_BTD = run(
+                block, h_BnD, c_BTD, y_BnD, yc_BTD, mods[index], following, ops
             )
         return self.linear("output", y_BnD)
 

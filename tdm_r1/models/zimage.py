@@ -17,6 +17,7 @@ from tdm_kernels import Ops
 from torch import Tensor, nn
 
 from tdm_r1.errors import ConfigError
+from tdm_r1.models.checkpointing import block_runner
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.config import parse_config
 from tdm_r1.models.layers import (
@@ -206,14 +207,16 @@ def run_blocks(
     lengths_B: Tensor | None,
     mods: Sequence[Tensor | None],
     num_rows: int | None = None,
+    checkpoint_blocks: bool = False,
 ) -> Tensor:
     """Return the stream after all blocks; the last one returns only its first `num_rows` rows."""
     if not blocks:
         return h_BTD
+    run = block_runner(checkpoint_blocks)
     y, pairs = blocks[0].norm(h_BTD, ops, mods[0]), zip(blocks[1:], mods[1:], strict=True)
     for block, mod, following in zip(blocks, mods, pairs, strict=False):
-        h_BTD, y = block(h_BTD, y, ops, rope_BTNH, lengths_B, mod, following)
-    return blocks[-1](h_BTD, y, ops, rope_BTNH, lengths_B, mods[-1], None, num_rows)[0]
+        h_BTD, y = run(block, h_BTD, y, ops, rope_BTNH, lengths_B, mod, following)
+    return run(blocks[-1], h_BTD, y, ops, rope_BTNH, lengths_B, mods[-1], None, num_rows)[0]
 
 
 class FinalLayer(nn.Module):
@@ -287,7 +290,7 @@ class ZImageTransformer(Transformer):
         rope_image = rope_table(image_ids, config)
         rope_text = rope_table(text_ids, config).expand(len(padded), -1, -1, -1)
         plain = [None] * len(self.context_refiner)
-        text_BPD = run_blocks(self.context_refiner, text_BPD, self.ops, rope_text, lengths_B, plain)
+        text_BPD = self.run_blocks(self.context_refiner, text_BPD, rope_text, lengths_B, plain)
         num_padded_image = image_ids.shape[1]
         return ZImageContext(
             text_BPD,
@@ -358,7 +361,7 @@ class ZImageTransformer(Transformer):
     def refine(self, h_BID: Tensor, rope_BINH: Tensor, mod_MB1D: Tensor) -> Tensor:
         """Return the image rows after the refiner's blocks."""
         mods = mod_MB1D.unflatten(0, (-1, 4)).unbind()
-        return run_blocks(self.noise_refiner, h_BID, self.ops, rope_BINH, None, mods)
+        return self.run_blocks(self.noise_refiner, h_BID, rope_BINH, None, mods)
 
     def join(
         self,
@@ -370,4 +373,19 @@ class ZImageTransformer(Transformer):
     ) -> Tensor:
         """Return the first `num_image` rows after the blocks over image and text."""
         mods = mod_MB1D.unflatten(0, (-1, 4)).unbind()
-        return run_blocks(self.layers, h_BSD, self.ops, rope_BSNH, lengths_B, mods, num_image)
+        return self.run_blocks(self.layers, h_BSD, rope_BSNH, lengths_B, mods, num_image)
+
+    def run_blocks(
+        self,
+        blocks: Any,
+        h_BTD: Tensor,
+        rope_BTNH: Tensor,
+        lengths_B: Tensor | None,
+        mods: Sequence[Tensor | None],
+        num_rows: int | None = None,
+    ) -> Tensor:
+        """Return `run_blocks` with this model's ops, recomputed in the backward pass if asked."""
+        checkpointed = self.checkpoint_blocks
+        return run_blocks(
+            blocks, h_BTD, self.ops, rope_BTNH, lengths_B, mods, num_rows, checkpointed
+        )

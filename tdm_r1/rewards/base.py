@@ -52,7 +52,8 @@ class Reward(Protocol):
     """Scores B pictures against their B prompts.
 
     `images` are RGB PIL pictures; the result is a sequence, array or tensor of B finite numbers,
-    larger is better. A reward with a keyword `metadata` also gets the B prompts' metadata.
+    larger is better. A reward with a keyword `metadata` also gets the B prompts' metadata. One with
+    a method `to(device)` is moved out of the GPU while others work, if the recipe says so.
     """
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Any: ...
@@ -85,6 +86,13 @@ class WeightedSum:
         for term in self.terms:
             total_B += term.weight * _score(term.name, term.fn, images, prompts, metadata)
         return total_B
+
+    def to(self, device: Any) -> WeightedSum:
+        """Move the models of those rewards that have a `to(device)`, and return self."""
+        for term in self.terms:
+            if callable(move := getattr(term.fn, "to", None)):
+                move(device)
+        return self
 
 
 def load_reward(spec: str) -> WeightedSum:

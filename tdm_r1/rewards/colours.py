@@ -84,6 +84,12 @@ class ClipColours:
             raise ConfigError(f"cannot load the CLIP model {name_or_dir!r}: {reason}") from error
         self._texts: dict[str, torch.Tensor] = {}
 
+    def to(self, device: torch.device) -> None:
+        """Move the model and what it has computed for classes."""
+        self.device = device
+        self.model.to(device)
+        self._texts = {name: features.to(device) for name, features in self._texts.items()}
+
     def __call__(self, image: Image.Image, found: Sequence[Detected]) -> list[str]:
         if not found:
             return []

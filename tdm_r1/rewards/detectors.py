@@ -79,6 +79,11 @@ class ModelDetector:
                 f"detector {name_or_dir} does not name its classes: {self.labels[:3]}"
             )
 
+    def to(self, device: torch.device) -> None:
+        """Move the model."""
+        self.device = device
+        self.model.to(device)
+
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], threshold: float) -> list[list[Detected]]:
         found: list[list[Detected]] = []

@@ -55,6 +55,12 @@ class GenEval:
             values.append(float(strict) if self.only_strict else dense)
         return values
 
+    def to(self, device: Any) -> None:
+        """Move the models; the embedded world's checker and the vote of pixels are none."""
+        for part in (self.detector, self.colours):
+            if callable(move := getattr(part, "to", None)):
+                move(device)
+
 
 def dense(detector: str = DETECTOR, clip: str = "", device: str = "auto") -> GenEval:
     """Build the reward in [0, 1] that trains. `detector`: "shapes", a directory or a Hub id.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tdm_r1 import geneval, rewards, shapes
+from tdm_r1 import geneval, rewards, shapes, signs
 from tdm_r1.config import Recipe
 from tdm_r1.engine import Engine, to_output
 from tdm_r1.errors import ConfigError
@@ -35,7 +35,13 @@ class Evaluator:
         default = "shapes:strict" if source == "shapes" else recipe.reward
         self.reward = rewards.load_reward(config.reward or default)
         self.pipeline = pipeline
-        self.engine = Engine(pipeline, steps=config.steps, solver=recipe.rollout.solver)
+        self.steps = config.steps or recipe.rollout.steps
+        self.engine = Engine(pipeline, steps=self.steps, solver=recipe.rollout.solver)
+
+    @property
+    def all_prompts(self) -> list[str]:
+        """What `run` draws."""
+        return [*self.prompts, *self.held_out]
 
     def run(self, role: Role) -> dict[str, Any]:
         """Score a role on the recipe's prompts, and on the families it is not trained on.
@@ -47,7 +53,7 @@ class Evaluator:
         """
         facts = {
             "seed": self.config.seed,
-            "steps": self.config.steps,
+            "steps": self.steps,
             "guidance": self.config.guidance,
         }
         result = self._score(role, self.prompts, self.config.seed) | facts
@@ -100,7 +106,7 @@ def bootstrap_interval(
 
 
 def by_family(values: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
-    """Mean per family of the embedded world or task of GenEval; "all" for other prompts."""
+    """Mean per family of the embedded world, task of GenEval or length of text; else "all"."""
     groups: dict[str, list[float]] = {}
     for value, prompt in zip(values, prompts, strict=True):
         groups.setdefault(_family(prompt), []).append(float(value))
@@ -108,11 +114,13 @@ def by_family(values: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
 
 
 def _family(prompt: str) -> str:
-    try:
-        return shapes.parse(prompt).family
-    except ConfigError:
-        pass
-    try:
-        return geneval.parse(prompt).task
-    except ConfigError:
-        return "all"
+    for language in (
+        lambda: shapes.parse(prompt).family,
+        lambda: geneval.parse(prompt).task,
+        lambda: signs.family_of(prompt),
+    ):
+        try:
+            return language()
+        except ConfigError:
+            pass
+    return "all"

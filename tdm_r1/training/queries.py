@@ -39,7 +39,7 @@ from tdm_r1.engine import Engine
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.training.roles import Role, stacked
 
-_STACKED = 4  # queries in one batch: bounds what its activations take
+STACKED = 4  # queries in one batch: bounds what its activations take
 
 
 class Noised(NamedTuple):
@@ -70,7 +70,7 @@ def ask(engine: Engine, queries: Sequence[Query]) -> list[Tensor]:
     for index, query in enumerate(queries):
         shared.setdefault(id(query.role.transformer), []).append(index)
     for indices in (
-        group[i : i + _STACKED] for group in shared.values() for i in range(0, len(group), _STACKED)
+        group[i : i + STACKED] for group in shared.values() for i in range(0, len(group), STACKED)
     ):
         batch = [queries[index] for index in indices]
         sizes = [len(query.x_BChw) for query in batch]

@@ -104,14 +104,17 @@ def build_roles(
     few_step: dict[str, lora.LoraTensors] | None,
     bf16: bool,
     ema_reference: bool = False,
+    checkpoint_blocks: bool = False,
 ) -> dict[str, Role]:
     """All roles of a method over `base` (trainable modules, nothing packed), and "base" itself.
 
-    `few_step` is the LoRA that makes the base a few-step model: the generator starts from it, the
-    fake score and the surrogate start from the base.
+    What a role owns is fp32 whatever the base is stored in. `few_step` is the LoRA that makes the
+    base a few-step model: the generator starts from it, the fake score and the surrogate start from
+    the base.
     """
     names = (*TRAINED[method], *COPIES[method], *(("reference",) if ema_reference else ()))
     base.requires_grad_(False)
+    base.checkpoint_blocks = checkpoint_blocks
     roles: dict[str, Role] = {}
     adapters = []
     for name in names:
@@ -119,7 +122,7 @@ def build_roles(
         if config.kind == "lora" and origin not in config.full:
             adapters.append(name)
             continue
-        transformer = copy.deepcopy(base)
+        transformer = copy.deepcopy(base).float()
         if few_step and origin == "generator":
             lora.merge_lora(transformer, few_step)
         roles[name] = Role(name, transformer, None, bf16)

@@ -78,7 +78,8 @@ class Tdm:
             metrics: dict[str, float] = {}
             if self.reward is not None:
                 role = self.trainer.roles["generator"]
-                metrics = score_batches(self.engine, role, batches, self.reward, self.clock)
+                with self.trainer.scoring():
+                    metrics = score_batches(self.engine, role, batches, self.reward, self.clock)
             self._stop_here(position)
         except Exception:
             self.sampler.position = position

@@ -20,12 +20,13 @@ import torch
 from tdm_r1.config import Optimizer, Recipe, save_recipe
 from tdm_r1.engine import Engine
 from tdm_r1.errors import ConfigError, LoadError, RewardError, TdmError
-from tdm_r1.models.loading import load_transformer, save_transformer
+from tdm_r1.models.loading import save_transformer
 from tdm_r1.models.lora_files import save_lora
 from tdm_r1.models.lora_list import load_lora
 from tdm_r1.pipeline import load_pipeline
-from tdm_r1.training import checkpoint, distributed
+from tdm_r1.training import checkpoint, distributed, embeddings
 from tdm_r1.training.evaluate import Evaluator
+from tdm_r1.training.offload import Offload
 from tdm_r1.training.progress import Progress
 from tdm_r1.training.roles import TRAINED, Role, build_roles, follow
 from tdm_r1.training.rollout import describe
@@ -50,19 +51,20 @@ class Trainer:
         self.recipe = recipe
         self.output = Path(recipe.output)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if recipe.memory.base == "bf16" else torch.float32
         self.pipeline = load_pipeline(
             recipe.model,
             lora=recipe.lora or None,
             device=device,
-            dtype="float32",
+            dtype=dtype,
             t5_length=recipe.t5_length or None,
+            merge=False,
         )
         if recipe.resolution % self.pipeline.size_unit:
             unit = self.pipeline.size_unit
             raise ConfigError(f"resolution is {recipe.resolution}; allowed: a multiple of {unit}")
         self.pipeline.default_size = recipe.resolution or self.pipeline.default_size
-        base = load_transformer(self.pipeline.path, device=device, dtype=torch.float32)
-        self.pipeline.transformer = base  # the packed one has served; engines run the roles'
+        base = self.pipeline.transformer
         few_step = load_lora(self.pipeline.lora, base) if self.pipeline.lora else None
         bf16 = recipe.precision == "bf16"
         self.roles = build_roles(
@@ -72,6 +74,7 @@ class Trainer:
             few_step=few_step,
             bf16=bf16,
             ema_reference=recipe.reinforcement.reference == "ema",
+            checkpoint_blocks=recipe.memory.checkpoint_blocks,
         )
         self.engine = Engine(
             self.pipeline, steps=recipe.rollout.steps, solver=recipe.rollout.solver
@@ -79,7 +82,16 @@ class Trainer:
         self.iteration = 0
         self.stop_signal: int | None = None
         self.evaluator = Evaluator(recipe, self.pipeline)
+        if recipe.memory.decode_batch:
+            pixels = recipe.memory.decode_batch * self.pipeline.default_size**2
+            self.engine.decoded_pixels = self.evaluator.engine.decoded_pixels = pixels
         self.method: Any = METHODS[recipe.method](self)
+        if recipe.memory.precompute_text:
+            sampler = getattr(self.method, "sampler", None)
+            prompts = embeddings.needed_prompts(recipe, sampler, self.evaluator.all_prompts)
+            embeddings.precompute(self.pipeline, prompts, self.output)
+        parts = [self.pipeline.vae, self.evaluator.reward, getattr(self.method, "reward", None)]
+        self.scoring = Offload(parts, self.pipeline.device, enabled=recipe.memory.offload)
         self.engines = {name: self._wrap(name) for name in TRAINED[recipe.method]}
         found = checkpoint.latest_checkpoint(self.output)
         if resume:
@@ -177,7 +189,8 @@ class Trainer:
         failure: Exception | None = None
         if distributed.rank() == 0:
             try:
-                result = self.evaluator.run(self.roles["ema"])
+                with self.scoring():
+                    result = self.evaluator.run(self.roles["ema"])
                 progress.evaluation(self.iteration, result)
             except Exception as error:  # the other ranks wait below
                 failure = error
