@@ -120,6 +120,31 @@ def grad_norm(engine) -> float:
     return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
+def finite_gradients(engine) -> bool:
+    """Whether this rank's share of the accumulated gradients is all finite; before `step`."""
+    sharded = engine.optimizer
+    if _is_sharded(sharded):
+        shares = [share for group in sharded.averaged_gradients.values() for share in group or ()]
+        gradients = [share for share in shares if share is not None]
+    else:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    flags = [gradient.isfinite().all() for gradient in gradients]
+    return not flags or bool(torch.stack(flags).all())
+
+
+def drop_gradients(engine) -> None:
+    """End an accumulation without a step: as if its backward passes had not been made."""
+    sharded = engine.optimizer
+    if _is_sharded(sharded):  # what its own step does after an overflow in half precision
+        sharded.zero_grad(set_to_none=True)
+        sharded.micro_step_id = -1
+        for group in sharded.averaged_gradients:
+            sharded.averaged_gradients[group] = sharded.all_grad_tensors[group] = None
+    else:
+        engine.zero_grad()
+    engine.micro_steps += 1
+
+
 def optimizer_state(engine) -> tuple[dict[str, Tensor], list[int]]:
     """`optimizer.state_tensors` of an engine, the same for every ZeRO stage and number of ranks.
 

@@ -25,6 +25,7 @@ from tdm_r1.models.lora_files import save_lora
 from tdm_r1.models.lora_list import load_lora
 from tdm_r1.pipeline import load_pipeline
 from tdm_r1.training import checkpoint, distributed
+from tdm_r1.training.descent import Descent
 from tdm_r1.training.evaluate import Evaluator
 from tdm_r1.training.progress import Progress
 from tdm_r1.training.roles import TRAINED, Role, build_roles, follow
@@ -81,6 +82,7 @@ class Trainer:
         self.evaluator = Evaluator(recipe, self.pipeline)
         self.method: Any = METHODS[recipe.method](self)
         self.engines = {name: self._wrap(name) for name in TRAINED[recipe.method]}
+        self.descent = Descent(self.engines)
         found = checkpoint.latest_checkpoint(self.output)
         if resume:
             self._resume(found)
