@@ -17,6 +17,7 @@ from .errors import ConfigError, closest
 
 RECIPES = Path(__file__).parent / "recipes"
 METHODS = ("sft", "tdm", "tdm_r1")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ class Reinforcement:
 class Evaluation:
     """Seeded evaluation on EMA weights, every `every` iterations (0: only first and last).
 
-    `num_prompts` 0 takes every prompt of the split once.
+    `num_prompts` 0 takes every prompt of the split once. `held_out_reward` scores the same pictures
+    a second time, by a reward that nothing is trained on. `guard` N > 0 ends the run when the
+    training reward rose and the held-out panel fell at N evaluations in a row.
     """
 
     every: int = 0
@@ -144,6 +147,8 @@ class Evaluation:
     held_out_families: tuple[str, ...] = ()
     prompts_file: str = ""
     reward: str = ""
+    held_out_reward: str = ""
+    guard: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,9 @@ class Recipe:
     faster. `lora` makes the model a few-step one: generator and EMA start from it, the other roles
     from the model itself. A shipped name brings its own. `resolution` is the side in pixels of
     rollouts and of evaluation, `t5_length` the number of T5 tokens (SD3); 0 is the model's own.
+    A step whose losses or gradients are not finite is skipped; `skip_limit` of them in a row end
+    the run. `report_to` names trackers that get what metrics.jsonl gets: "tensorboard", "wandb",
+    "mlflow".
     """
 
     model: str
@@ -171,6 +179,8 @@ class Recipe:
     ema_decay: float = 0.9
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
+    skip_limit: int = 5
+    report_to: tuple[str, ...] = ()
     sigma_shift: float = 0.0
     prompts: Prompts = field(default_factory=Prompts)
     data: Data = field(default_factory=Data)
@@ -224,6 +234,13 @@ def validate(recipe: Recipe) -> Recipe:
     _choice("precision", recipe.precision, ("bf16", "fp32"))
     _choice("reinforcement.reference", recipe.reinforcement.reference, ("frozen", "ema"))
     _choice("zero_stage", recipe.zero_stage, (0, 1, 2))
+    for name in recipe.report_to:
+        _choice("report_to", name, TRACKERS)
+    if recipe.evaluation.guard and (recipe.method != "tdm_r1" or not recipe.evaluation.every):
+        raise ConfigError(
+            "evaluation.guard needs a training reward and evaluations to compare: method tdm_r1 "
+            f"and evaluation.every of at least 1; got {recipe.method} and {recipe.evaluation.every}"
+        )
     for name, value in (
         ("iterations", recipe.iterations),
         ("rollout.num_prompts", recipe.rollout.num_prompts),
@@ -234,13 +251,16 @@ def validate(recipe: Recipe) -> Recipe:
         ("rollout.group_size", recipe.rollout.group_size),
         ("evaluation.num_prompts", recipe.evaluation.num_prompts + 1),
         ("data.num_pictures", recipe.data.num_pictures),
+        ("evaluation.every", recipe.evaluation.every + 1),
+        ("evaluation.guard", recipe.evaluation.guard + 1),
         ("keep_checkpoints", recipe.keep_checkpoints),
+        ("skip_limit", recipe.skip_limit),
         ("seed", recipe.seed + 1),
         ("resolution", recipe.resolution + 1),
         ("t5_length", recipe.t5_length + 1),
     ):
         if value < 1:
-            zero = name in ("seed", "resolution", "t5_length", "evaluation.num_prompts")
+            zero = name.startswith("evaluation.") or name in ("seed", "resolution", "t5_length")
             raise ConfigError(f"{name} must be at least {0 if zero else 1}; got {value - zero}")
     for name in ("t_min", "t_min_reward"):
         level = getattr(recipe.reinforcement, name)

@@ -45,6 +45,7 @@ FORBIDDEN = [
 
 # Imported by one file at most, so that everything else works without them.
 ONE_OWNER = ["deepspeed", "onnx", "tensorrt", "tensorrt_rtx", "rapidocr", "onnxruntime", "peft"]
+ONE_OWNER += ["matplotlib", "mlflow", "tensorboard", "wandb"]
 
 
 def _sources(*folders: Path) -> list[Path]:
