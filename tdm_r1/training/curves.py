@@ -35,9 +35,9 @@ def read_metrics(output: Path) -> tuple[Records, Records]:
 def write_curves(output: Path) -> None:
     """Write curves.png from metrics.jsonl; where matplotlib is missing, say so and write nothing.
 
-    Up to six plots, as far as the log has them: training reward with the evaluations and their
-    95 % intervals, the surrogate's margin, the losses, the held-out panel relative to its first
-    value, where the time went.
+    Up to five plots, as far as the log has them: training reward with the evaluations and their
+    95 % intervals, the surrogate's margin, the losses, the panel's statistics relative to their
+    first value, where the time went.
     """
     try:
         import matplotlib
@@ -84,10 +84,12 @@ def _rewards(axis: Any, steps: Records, evaluations: Records) -> None:
         low, high = np.array([result["interval"] for result in results]).T
         axis.errorbar(at, means, [means - low, high - means], fmt="o-", color="C3", capsize=3,
                       label="evaluation, 95 %")  # fmt: skip
+        axis.legend(fontsize=8)
         other = [result["panel"].get("held_out_reward", np.nan) for result in results]
         if np.isfinite(other).any():
-            axis.plot(at, other, "s--", color="C2", label="held-out reward")
-        axis.legend(fontsize=8)
+            right = axis.twinx()  # another reward has another scale
+            right.plot(at, other, "s--", color="C2")
+            right.set_ylabel("held-out reward", color="C2")
     axis.set_ylabel("reward")
 
 
@@ -110,10 +112,10 @@ def _panel(axis: Any, evaluations: Records) -> None:
     for name, start in first.items():
         values = [record["evaluation"]["panel"].get(name, np.nan) for record in evaluations]
         at = [record["iteration"] for record in evaluations]
-        if start:
+        if start and name != "held_out_reward":  # that may be negative, and is plotted by itself
             axis.plot(at, np.array(values) / start, "o-", label=name.replace("_", " "))
     axis.axhline(1, color="0.8", zorder=0)
-    axis.set_ylabel("held-out panel / its first value")
+    axis.set_ylabel("picture statistics / their first value")
     axis.legend(fontsize=8)
 
 
@@ -135,6 +137,6 @@ def _series(steps: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
-    """Centred moving average, narrower at the ends."""
-    half = width // 2
+    """Centred moving average, narrower at the ends and where there is little to average."""
+    half = min(width // 2, len(values) // 8)
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])

@@ -11,7 +11,6 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from tdm_r1.models.loading import load_transformer, save_transformer
 from tdm_r1.models.lora_files import save_lora
 from tdm_r1.models.lora_list import load_lora
 from tdm_r1.pipeline import load_pipeline
-from tdm_r1.training import checkpoint, distributed, identity, report
+from tdm_r1.training import checkpoint, distributed, identity, report, snapshot
 from tdm_r1.training.descent import Descent
 from tdm_r1.training.evaluate import Evaluator
 from tdm_r1.training.history import History
 from tdm_r1.training.progress import Progress
-from tdm_r1.training.roles import TRAINED, Role, build_roles, follow
+from tdm_r1.training.roles import TRAINED, build_roles, follow
 from tdm_r1.training.rollout import describe
 from tdm_r1.training.sft import Sft
 from tdm_r1.training.tdm import Tdm
@@ -91,7 +90,9 @@ class Trainer:
         self.descent = Descent(self.engines)
         found = checkpoint.latest_checkpoint(self.output)
         if resume:
-            self._resume(found)
+            if found is None:
+                raise LoadError(f"nothing to resume: no checkpoint in {self.output}")
+            snapshot.restore(self, found)
         elif found is not None:
             raise ConfigError(
                 f"output {self.output} holds {found.name} of an earlier run: "
@@ -246,28 +247,13 @@ class Trainer:
         failure: Exception | None = None
         if distributed.rank() == 0:
             try:
-                self._write_checkpoint(optimizers)
+                tensors, state = snapshot.take(self, optimizers)
+                path = checkpoint.checkpoint_path(self.output, self.iteration)
+                keep, best = self.recipe.keep_checkpoints, self._best_checkpoint()
+                checkpoint.save_checkpoint(path, tensors, state, keep_last=keep, keep=best)
             except OSError as error:
                 failure = error
         self._fail_together(failure, "saving")
-
-    def _write_checkpoint(self, optimizers: dict[str, Any]) -> None:
-        tensors: dict[str, Mapping[str, torch.Tensor]] = {
-            name: role.tensors() for name, role in self.roles.items() if name != "base"
-        }
-        state: dict[str, Any] = {
-            "iteration": self.iteration,
-            "recipe": identity.values(self.recipe),
-            "skipped": self.skipped,
-            "history": self.history.state(),
-            "method": self.method.state() if hasattr(self.method, "state") else {},
-        }
-        for name, (moments, steps) in optimizers.items():
-            tensors[f"optimizer-{name}"] = moments
-            state[f"optimizer-{name}"] = steps
-        path = checkpoint.checkpoint_path(self.output, self.iteration)
-        keep, best = self.recipe.keep_checkpoints, self._best_checkpoint()
-        checkpoint.save_checkpoint(path, tensors, state, keep_last=keep, keep=best)
 
     def _best_checkpoint(self) -> Path | None:
         """Where the checkpoint of the best evaluation is, if evaluations are compared at all."""
@@ -281,31 +267,10 @@ class Trainer:
         path = self._best_checkpoint()
         if path is not None and path.is_dir():
             tensors, _ = checkpoint.load_checkpoint(path)
-            _load_tensors(self.roles["ema"], tensors["ema"], path)
+            snapshot.load_role(self.roles["ema"], tensors["ema"], path)
             self.stopped = f"{self.stopped}; best: {path}, whose EMA weights are exported"
         if distributed.rank() == 0:
             log.warning("stopped after iteration %d: %s", self.iteration, self.stopped)
-
-    def _resume(self, path: Path | None) -> None:
-        if path is None:
-            raise LoadError(f"nothing to resume: no checkpoint in {self.output}")
-        tensors, state = checkpoint.load_checkpoint(path)
-        identity.check_checkpoint(self.recipe, state.get("recipe"), path)
-        for name, role in self.roles.items():
-            _load_tensors(role, tensors.get(name, {}), path) if name != "base" else None
-        for name, engine in self.engines.items():
-            key = f"optimizer-{name}"
-            if key not in tensors:
-                raise LoadError(f"{path} holds no optimizer of {name}")
-            try:
-                distributed.load_optimizer_state(engine, tensors[key], state[key])
-            except ValueError as error:
-                raise LoadError(f"{path}: {name}: {error}") from error
-        self.iteration, self.skipped = state["iteration"], state["skipped"]
-        self.history.load_state(state["history"])
-        if state["method"]:
-            self.method.load_state(state["method"])
-        log.info("resumed %s at iteration %d", path, self.iteration)
 
     def export(self) -> None:
         """Write the EMA generator in fp16: a LoRA file, or a whole model directory."""
@@ -329,15 +294,3 @@ def learning_rate(config: Optimizer, iteration: int, total: int) -> float:
     if config.decay == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * iteration / total))
     return rate
-
-
-@torch.no_grad()
-def _load_tensors(role: Role, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    own = role.tensors()
-    if set(own) != set(tensors):
-        raise LoadError(f"{path}: role {role.name} does not match this recipe's roles")
-    for name, tensor in own.items():
-        shape, wanted = list(tensors[name].shape), list(tensor.shape)
-        if shape != wanted:
-            raise LoadError(f"{path}: {role.name}.{name} is {shape}, not {wanted}")
-        tensor.copy_(tensors[name])
