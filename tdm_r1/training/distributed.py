@@ -123,11 +123,11 @@ def grad_norm(engine) -> float:
 def finite_gradients(engine) -> bool:
     """Whether this rank's share of the accumulated gradients is all finite; before `step`."""
     sharded = engine.optimizer
-    if _is_sharded(sharded):
-        shares = [share for group in sharded.averaged_gradients.values() for share in group or ()]
-        gradients = [share for share in shares if share is not None]
+    if hasattr(sharded, "averaged_gradients"):  # any stage of ZeRO but 0
+        kept = [share for group in sharded.averaged_gradients.values() for share in group or ()]
     else:
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        kept = [parameter.grad for parameter in engine.module.parameters()]
+    gradients = [gradient for gradient in kept if gradient is not None]
     flags = [gradient.isfinite().all() for gradient in gradients]
     return not flags or bool(torch.stack(flags).all())
 
@@ -135,11 +135,11 @@ def finite_gradients(engine) -> bool:
 def drop_gradients(engine) -> None:
     """End an accumulation without a step: as if its backward passes had not been made."""
     sharded = engine.optimizer
-    if _is_sharded(sharded):  # what its own step does after an overflow in half precision
+    if hasattr(sharded, "averaged_gradients"):  # as its own step does after an overflow
         sharded.zero_grad(set_to_none=True)
         sharded.micro_step_id = -1
-        for group in sharded.averaged_gradients:
-            sharded.averaged_gradients[group] = sharded.all_grad_tensors[group] = None
+        sharded.averaged_gradients.clear()
+        getattr(sharded, "all_grad_tensors", {}).clear()
     else:
         engine.zero_grad()
     engine.micro_steps += 1

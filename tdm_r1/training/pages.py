@@ -46,6 +46,13 @@ def write_sample(output: Path, iteration: int, sample: Sample) -> Path:
     return file
 
 
+def forget(output: Path) -> None:
+    """Remove the pages of an earlier run: a new one begins in its folder."""
+    for file in (output / "samples").glob("*.png"):
+        if file.stem == "before" or file.stem.isdigit():
+            file.unlink()
+
+
 def comparison(
     prompts: Sequence[str],
     pictures: Sequence[Sequence[Image.Image]],

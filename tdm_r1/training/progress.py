@@ -14,10 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from tdm_r1.config import Recipe
-from tdm_r1.training import identity
+from tdm_r1.training import identity, pages
 from tdm_r1.training.curves import write_curves
 from tdm_r1.training.evaluate import Sample
-from tdm_r1.training.pages import write_sample
 from tdm_r1.training.report import Report
 
 _SHOWN = ("reward", "sft_loss", "fake_loss", "surrogate_margin")
@@ -34,6 +33,8 @@ class Progress:
         )
         if not enabled:
             return
+        if not start:
+            pages.forget(self.output)
         self.file = _open_log(self.output / "metrics.jsonl")
         self.report = Report(recipe.report_to, self.output, identity.values(recipe), start)
 
@@ -52,7 +53,7 @@ class Progress:
         self._write({"iteration": iteration, "evaluation": result})
         tqdm.write(table(iteration, result), file=sys.stderr)
         self.report.log(iteration, result, "evaluation")
-        self.report.picture(iteration, write_sample(self.output, iteration, sample))
+        self.report.picture(iteration, pages.write_sample(self.output, iteration, sample))
         if iteration:
             write_curves(self.output)
 

@@ -116,9 +116,9 @@ class Trainer:
         beat.
 
         SIGINT and SIGTERM drop the step if no role has changed yet, else finish it; then a
-        checkpoint is written and Interrupted raised. A failing reward, or `skip_limit` steps in a
-        row that are not finite, leave a checkpoint of the last whole iteration; any other error may
-        have struck halfway and writes none.
+        checkpoint is written and Interrupted raised. A failing reward or evaluation, or
+        `skip_limit` steps in a row that are not finite, leave a checkpoint of the last whole
+        iteration; any other error may have struck halfway and writes none.
         """
         recipe, main = self.recipe, distributed.rank() == 0
         if main:
@@ -179,14 +179,14 @@ class Trainer:
             )
         self.stop_if_asked()
         every = recipe.checkpoint_every
-        due = bool(every) and self.iteration % every == 0
+        saved = bool(every) and self.iteration % every == 0
+        if saved:  # without the evaluation that may follow: a resumed run makes it again
+            self.save_checkpoint()
         if self._evaluation_due():
             self._evaluate(progress)
-            self.stopped = self.history.alarm(recipe.evaluation.guard)
             best = recipe.evaluation.every and self.history.best == self.iteration
-            due = due or bool(every and best) or self.stopped is not None
-        if due:
-            self.save_checkpoint()
+            if self.stopped is not None or (every and best and not saved):
+                self.save_checkpoint()
 
     def _evaluation_due(self) -> bool:
         """Whether the recipe wants an evaluation now that is not there yet."""
@@ -223,8 +223,15 @@ class Trainer:
                 progress.evaluation(self.iteration, result, sample)
             except Exception as error:  # the other ranks wait below
                 failure = error
-        self._fail_together(failure, "evaluation")
+        try:
+            self._fail_together(failure, "evaluation")
+        except RewardError:
+            raise  # `run` saves
+        except Exception:  # no role is in the middle of a step
+            self.save_checkpoint()
+            raise
         self.history.add(self.iteration, distributed.gather(result)[0])
+        self.stopped = self.history.alarm(self.recipe.evaluation.guard)
 
     def _fail_together(self, failure: Exception | None, what: str) -> None:
         """Raise the failure of rank 0 there, and one of the same kind on every other rank."""

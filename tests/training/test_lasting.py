@@ -148,10 +148,26 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(tmp_path, sd3_dir, monkeyp
     with pytest.raises(SaveError, match=message):
         trainer.run()
     monkeypatch.undo()
-    again = scripted(tmp_path, sd3_dir, [0.2], [0.8], **values)
+    again = scripted(tmp_path, sd3_dir, [0.2], [0.8, 0.7], **values)
     resumed = Trainer(again, resume=True)
-    assert resumed.iteration == 1
+    assert resumed.iteration == 1 and not resumed.history.seen(1)  # saved, then evaluated
     resumed.run()
+    assert [entry["iteration"] for entry in resumed.history.entries] == [0, 1, 2]
+
+
+def test_an_evaluation_that_fails_leaves_a_checkpoint(tmp_path, sd3_dir):
+    trainer = Trainer(scripted(tmp_path, sd3_dir, [0.1], [0.9], checkpoint_every=0))
+    evaluate = trainer.evaluator.run
+
+    def failing(role):
+        if trainer.iteration:
+            raise MemoryError("too many pictures")
+        return evaluate(role)
+
+    trainer.evaluator.run = failing
+    with pytest.raises(MemoryError, match="too many pictures"):
+        trainer.run()
+    assert names(tmp_path) == ["checkpoint-000001"]
 
 
 @pytest.mark.parametrize("kind", [RewardError, TdmError])

@@ -52,6 +52,14 @@ def test_other_prompts_than_before_stand_alone(tmp_path):
     assert (cell(page, 0, 1) == 255).all()
 
 
+def test_a_new_run_forgets_the_pages_of_an_earlier_one(tmp_path):
+    pages.forget(tmp_path)
+    for iteration in (0, 50):
+        pages.write_sample(tmp_path, iteration, sample(["a"], 0, [0]))
+    pages.forget(tmp_path)
+    assert not list((tmp_path / "samples").iterdir())
+
+
 def test_a_long_prompt_ends_in_dots():
     from PIL import ImageFont
 
