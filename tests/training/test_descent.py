@@ -161,7 +161,8 @@ try:
     mine = ["seed=3"] if distributed.rank() == 1 else []
     identity.check_ranks(load_recipe(sys.argv[-1], mine))
 except ConfigError as error:
-    print("rank", distributed.rank(), error, flush=True)
+    with open(f"{folder}/rank-{{distributed.rank()}}.txt", "w") as file:
+        file.write(str(error))
 original, calls = tdm.fake_loss, []
 def poisoned(*args, **kwargs):
     loss, metrics = original(*args, **kwargs)
@@ -188,12 +189,12 @@ def test_two_ranks_act_as_one(tmp_path, sd3_dir, bright):
         evaluation={"families": ["counting"], "num_prompts": 2},
     )
     script = tmp_path / "entry.py"
-    script.write_text(TWO_RANKS.format(paths=[p for p in sys.path if p]))
+    script.write_text(TWO_RANKS.format(paths=[p for p in sys.path if p], folder=tmp_path))
     run = launch(["--recipe", str(path)], ranks=2, script=script)
     assert run.returncode == 0, run.stderr[-3000:]
     for rank in (0, 1):
         message = "seed must be the same on every rank; it is 0 on rank 0 and 3 on rank 1"
-        assert f"rank {rank} {message}" in run.stdout
+        assert (tmp_path / f"rank-{rank}.txt").read_text() == message
     logged = records(tmp_path)
     assert "loss of fake" in logged[1]["skipped"] and "skipped" not in logged[2]
     saved = [
