@@ -14,13 +14,17 @@ from typing import Any
 import yaml
 
 from .errors import ConfigError, closest
+from .schema import build, override_key, plain
 
 RECIPES = Path(__file__).parent / "recipes"
 METHODS = ("sft", "tdm", "tdm_r1")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 _FROM_ZERO = (
     "seed",
     "resolution",
     "t5_length",
+    "evaluation.every",
+    "evaluation.guard",
     "evaluation.num_prompts",
     "evaluation.steps",
     "memory.gpus",
@@ -141,6 +145,9 @@ class Evaluation:
     """Seeded evaluation on EMA weights, every `every` iterations (0: only first and last).
 
     `num_prompts` 0 takes every prompt of the split once, `steps` 0 as many steps as the rollout.
+    `held_out_reward` scores the same pictures a second time, by a reward that nothing is trained
+    on. `guard` N > 0 ends the run when the training reward rose and the held-out panel fell at N
+    evaluations in a row.
     """
 
     every: int = 0
@@ -153,6 +160,8 @@ class Evaluation:
     held_out_families: tuple[str, ...] = ()
     prompts_file: str = ""
     reward: str = ""
+    held_out_reward: str = ""
+    guard: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,6 +195,9 @@ class Recipe:
     faster. `lora` makes the model a few-step one: generator and EMA start from it, the other roles
     from the model itself. A shipped name brings its own. `resolution` is the side in pixels of
     rollouts and of evaluation, `t5_length` the number of T5 tokens (SD3); 0 is the model's own.
+    A step whose losses or gradients are not finite is skipped; `skip_limit` of them in a row end
+    the run. `report_to` names trackers that get what metrics.jsonl gets: "tensorboard", "wandb",
+    "mlflow".
     """
 
     model: str
@@ -203,6 +215,8 @@ class Recipe:
     ema_decay: float = 0.9
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
+    skip_limit: int = 5
+    report_to: tuple[str, ...] = ()
     sigma_shift: float = 0.0
     prompts: Prompts = field(default_factory=Prompts)
     data: Data = field(default_factory=Data)
@@ -232,8 +246,8 @@ def load_recipe(name_or_file: str | Path, overrides: typing.Sequence[str] = ()) 
             )
     values = _read(path)
     for override in overrides:
-        _override(values, override)
-    return validate(_build(Recipe, values, ""))
+        override_key(values, override)
+    return validate(build(Recipe, values))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -267,8 +281,8 @@ def _merged(base: dict, over: dict) -> dict:
 
 def save_recipe(recipe: Recipe, file: str | Path) -> None:
     """Write the resolved recipe as YAML that `load_recipe` reads back to an equal object."""
-    plain = yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(recipe))))
-    Path(file).write_text(yaml.safe_dump(plain, sort_keys=False))
+    values = yaml.safe_load(yaml.safe_dump(plain(dataclasses.asdict(recipe))))
+    Path(file).write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def validate(recipe: Recipe) -> Recipe:
@@ -281,6 +295,13 @@ def validate(recipe: Recipe) -> Recipe:
     _choice("memory.base", recipe.memory.base, ("fp32", "bf16"))
     _choice("reinforcement.reference", recipe.reinforcement.reference, ("frozen", "ema"))
     _choice("zero_stage", recipe.zero_stage, (0, 1, 2))
+    for name in recipe.report_to:
+        _choice("report_to", name, TRACKERS)
+    if recipe.evaluation.guard and (recipe.method != "tdm_r1" or not recipe.evaluation.every):
+        raise ConfigError(
+            "evaluation.guard needs a training reward and evaluations to compare: method tdm_r1 "
+            f"and evaluation.every of at least 1; got {recipe.method} and {recipe.evaluation.every}"
+        )
     for name, value in (
         ("iterations", recipe.iterations),
         ("rollout.num_prompts", recipe.rollout.num_prompts),
@@ -291,7 +312,10 @@ def validate(recipe: Recipe) -> Recipe:
         ("rollout.group_size", recipe.rollout.group_size),
         ("evaluation.num_prompts", recipe.evaluation.num_prompts + 1),
         ("data.num_pictures", recipe.data.num_pictures),
+        ("evaluation.every", recipe.evaluation.every + 1),
+        ("evaluation.guard", recipe.evaluation.guard + 1),
         ("keep_checkpoints", recipe.keep_checkpoints),
+        ("skip_limit", recipe.skip_limit),
         ("seed", recipe.seed + 1),
         ("resolution", recipe.resolution + 1),
         ("t5_length", recipe.t5_length + 1),
@@ -333,60 +357,3 @@ def _choice(name: str, value: Any, allowed: tuple) -> None:
         raise ConfigError(
             f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.{hint}"
         )
-
-
-def _override(values: dict, text: str) -> None:
-    key, sep, raw = text.partition("=")
-    if not sep:
-        raise ConfigError(f"--set wants key=value; got {text!r}")
-    *parents, leaf = key.strip().split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"--set {key}: '{parent}' is not a group of keys")
-    values[leaf] = yaml.safe_load(raw)
-
-
-def _build(cls: type, values: Any, prefix: str):
-    if not isinstance(values, dict):
-        raise ConfigError(f"{prefix.rstrip('.')} must be a mapping; got {values!r}")
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            hint = closest(str(key), hints)
-            raise ConfigError(
-                f"unknown recipe key '{prefix}{key}'; allowed: {', '.join(hints)}.{hint}"
-            )
-    built = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()}
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.name not in built and f.default is f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"recipe lacks the key(s) {', '.join(prefix + m for m in missing)}")
-    return cls(**built)
-
-
-def _convert(kind: Any, value: Any, name: str):
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _build(kind, value, f"{name}.")
-    if typing.get_origin(kind) is tuple:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_convert(typing.get_args(kind)[0], item, name) for item in items)
-    if kind is float and isinstance(value, str):
-        try:
-            value = float(value)  # YAML 1.1 reads 1e-4 as a string
-        except ValueError:
-            pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{name} must be of type {kind.__name__}; got {value!r}")
-    return value
-
-
-def _plain(value: Any):
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value

@@ -1,13 +1,13 @@
 """`python -m tdm_r1 demo`: a tiny 4-step generator learns from a checker that no gradient reaches.
 
 Evaluates, trains with the recipe `tiny-sd3-shapes`, evaluates again on the same held-out prompts
-and noise, and writes summary.json, before_after.png and curves.png into the recipe's `output`.
+and noise, and writes summary.json and before_after.png beside what every run writes into its
+`output`.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from tdm_r1 import shapes
 from tdm_r1.config import Recipe, load_recipe
+from tdm_r1.training import pages
+from tdm_r1.training.curves import read_metrics
+from tdm_r1.training.evaluate import NUM_SHOWN
 
 RECIPE = "tiny-sd3-shapes"
-NUM_SHOWN = 24
-_CELL, _LABEL = 128, 30  # pixels: one picture's side, the text under it
-
-log = logging.getLogger(__name__)
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -43,19 +42,12 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     after = trainer.evaluator.pictures(trainer.roles["ema"], shown, seed)
     seconds = time.perf_counter() - start
     output = Path(recipe.output)
-    summary = summarize(recipe, results, seconds, read_metrics(output))
+    summary = summarize(recipe, results, seconds, read_metrics(output)[0])
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    comparison(shown, before, after).save(output / "before_after.png")
-    curves(read_metrics(output), results, output / "curves.png")
+    sides = (before, after)
+    page = pages.comparison(shown, sides, [verdicts(shown, side) for side in sides])
+    page.save(output / "before_after.png")
     return summary
-
-
-def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """The iterations of the last run in metrics.jsonl."""
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    records = [record for record in records if "evaluation" not in record]
-    first = max(i for i, record in enumerate(records) if record["iteration"] == 1)
-    return records[first:]
 
 
 def summarize(
@@ -88,61 +80,10 @@ def summarize(
     }
 
 
-def comparison(
-    prompts: Sequence[str],
-    before: Sequence[Image.Image],
-    after: Sequence[Image.Image],
-    columns: int = 4,
-) -> Image.Image:
-    """Left before, right after, same prompt and noise; a verdict under each, the prompt above."""
-    width, height = 2 * _CELL + 16, _CELL + 2 * _LABEL
-    rows = -(-len(prompts) // columns)
-    page = Image.new("RGB", (columns * width, rows * height), "white")
-    draw = ImageDraw.Draw(page)
-    font = ImageFont.load_default(13)
-    for i, prompt in enumerate(prompts):
-        x, y = i % columns * width + 8, i // columns * height
-        draw.text((x, y + 8), prompt, fill="black", font=font)
-        for j, picture in enumerate((before[i], after[i])):
-            left = x + j * _CELL
-            page.paste(
-                picture.resize((_CELL - 4, _CELL - 4), Image.Resampling.NEAREST), (left, y + _LABEL)
-            )
-            verdict = shapes.check(prompt, np.asarray(picture))
-            right = bool(verdict.strict)
-            text = f"{'right' if right else 'wrong'}  {verdict.dense:.2f}"
-            place = (left, y + _LABEL + _CELL)
-            draw.text(place, text, fill=(20, 130, 60) if right else (200, 40, 30), font=font)
-    return page
-
-
-def curves(metrics: list[dict[str, Any]], results: dict[str, Any], file: Path) -> None:
-    """Training reward per iteration, and the surrogate's margin between good and bad samples."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    steps = [record["iteration"] for record in metrics]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    reward = np.array([record["reward"] for record in metrics])
-    left.plot(steps, reward, color="0.75", label="training reward (dense)")
-    left.plot(steps, _smooth(reward), color="C0", label="smoothed")
-    ends = [results["before"], results["after"]]
-    for place, end in zip((0, steps[-1]), ends, strict=True):
-        low, high = end["interval"]
-        error = [[end["reward"] - low], [high - end["reward"]]]
-        label = "held-out strict, 95 %" if place == 0 else None
-        left.errorbar([place], [end["reward"]], error, fmt="o", color="C3", capsize=3, label=label)
-    left.set(xlabel="iteration", ylabel="reward")
-    left.legend(fontsize=8)
-    right.plot(steps, _smooth(np.array([record["surrogate_margin"] for record in metrics])))
-    right.set(xlabel="iteration", ylabel="surrogate margin R(G+) - R(G-)")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
-def _smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
-    """Centred moving average, narrower at the ends."""
-    half = width // 2
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+def verdicts(prompts: Sequence[str], pictures: Sequence[Image.Image]) -> list[pages.Label]:
+    """What the world's checker says of each picture: "right" or "wrong", and the dense score."""
+    found = [shapes.check(p, np.asarray(i)) for p, i in zip(prompts, pictures, strict=True)]
+    return [
+        (f"right  {v.dense:.2f}", pages.GREEN) if v.strict else (f"wrong  {v.dense:.2f}", pages.RED)
+        for v in found
+    ]

@@ -20,8 +20,16 @@ class LoadError(ConfigError):
     """Weights, a model directory or a checkpoint are not what they claim to be: names the file."""
 
 
+class SaveError(TdmError, OSError):
+    """A checkpoint could not be written, the disk being full or gone: names the cause. Status 1."""
+
+
 class RewardError(TdmError):
     """A reward raised, or returned something other than one finite number per image. Status 1."""
+
+
+class NotFinite(TdmError):
+    """A loss or a gradient was NaN or infinite, so no role took its step: names them. Status 1."""
 
 
 class ExportError(TdmError):

@@ -9,6 +9,7 @@ from PIL import Image
 from tdm_r1 import demo, shapes
 from tdm_r1.config import load_recipe
 from tdm_r1.pipeline import ASSETS
+from tdm_r1.training import pages
 
 
 def test_summary_has_what_is_promised():
@@ -34,7 +35,9 @@ def test_comparison_marks_right_and_wrong():
     rng = np.random.default_rng(0)
     good = Image.fromarray(shapes.render("a red circle", rng))
     bad = Image.fromarray(shapes.render("a blue square", rng))
-    page = demo.comparison(["a red circle"], [bad], [good], columns=1)
+    sides = ([bad], [good])
+    labels = [demo.verdicts(["a red circle"], side) for side in sides]
+    page = pages.comparison(["a red circle"], sides, labels)
     pixels = np.asarray(page).astype(int)
     label = pixels[30 + 128 :]
     left, right = label[:, :130], label[:, 140:]

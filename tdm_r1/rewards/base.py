@@ -5,7 +5,8 @@ A reward is any callable `fn(images, prompts) -> B numbers`. A recipe names it b
     spec := term ("+" term)*        term := [weight "*"] name | [weight "*"] built "(" options ")"
     name := "shapes" | "shapes:strict" | "ocr" | "ocr:exact" | "jpeg" | built
           | path/to/file.py:callable
-    built := "geneval" | "geneval:strict"      options := key "=" value ("," key "=" value)*
+    built := "geneval" | "geneval:strict" | "remote"
+    options := key "=" value ("," key "=" value)*
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ _BUILTIN = {
 _BUILT = {
     "geneval": ("geneval", "dense"),
     "geneval:strict": ("geneval", "strict"),
+    "remote": ("remote", "remote"),
 }
 # The plus of "1e+2*ocr" belongs to a number, one between parentheses to an option.
 _PLUS = re.compile(r"(?<!\d[eE])\+(?![^(]*\))")

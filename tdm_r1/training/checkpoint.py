@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tdm_r1.errors import LoadError
+from tdm_r1.errors import LoadError, SaveError
 from tdm_r1.files import sha256
 
 FORMAT = 1
@@ -43,6 +43,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     keep_last: int | None = None,
+    keep: PathLike | None = None,
 ) -> Path:
     """Write `path` atomically: all of it is there, or the run directory is as it was.
 
@@ -51,11 +52,13 @@ def save_checkpoint(
     state: anything JSON holds; floats come back exactly, tuples as lists, keys as strings.
     keep_last: afterwards delete the checkpoints of the lowest steps until N are left, never the
         one just written.
+    keep: a checkpoint that stays even if it is older than those: the best one so far.
 
     Raises:
         ValueError: a group name is no plain file name, or keep_last < 1.
         TypeError: `state` holds something JSON does not.
-        OSError: the disk is full or not writable; no partial checkpoint stays.
+        SaveError: the disk is full or not writable; no partial checkpoint stays, and those before
+            it are untouched.
     """
     path = Path(path)
     if keep_last is not None and keep_last < 1:
@@ -64,18 +67,24 @@ def save_checkpoint(
         if not _GROUP.fullmatch(group):
             raise ValueError(f"group name {group!r} must be made of letters, digits, '_', '-', '.'")
     json.dumps(state)  # fail before anything touches the disk
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(".tmp-checkpoint-*"):
-        shutil.rmtree(stale, ignore_errors=True)
     staging = path.parent / f".tmp-{path.name}"
-    shutil.rmtree(staging, ignore_errors=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(".tmp-checkpoint-*"):
+            shutil.rmtree(stale, ignore_errors=True)
         _write(staging, tensors, state)
         _publish(staging, path)
+    except (OSError, SafetensorError) as error:  # safetensors has a class of its own for both
+        shutil.rmtree(staging, ignore_errors=True)  # first: it may hold the last free bytes
+        left = latest_checkpoint(path.parent)
+        raise SaveError(
+            f"checkpoint {path} could not be written: {error}; "
+            + (f"{left.name} is whole" if left else "there is no earlier one")
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     if keep_last is not None:
-        _prune(path, keep_last)
+        _prune(path, keep_last, keep)
     return path
 
 
@@ -146,11 +155,12 @@ def _publish(staging: Path, path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _prune(written: Path, keep_last: int) -> None:
+def _prune(written: Path, keep_last: int, keep: PathLike | None) -> None:
     """Delete the checkpoints of the lowest steps; `written` stays even if others are higher."""
     others = [found for found in _checkpoints(written.parent) if found != written]
     for found in others[: max(0, len(others) + 1 - keep_last)]:
-        shutil.rmtree(found)
+        if keep is None or found != Path(keep):
+            shutil.rmtree(found)
 
 
 def _checkpoints(run_dir: PathLike) -> list[Path]:

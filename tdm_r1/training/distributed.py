@@ -120,6 +120,31 @@ def grad_norm(engine) -> float:
     return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
+def finite_gradients(engine) -> bool:
+    """Whether this rank's share of the accumulated gradients is all finite; before `step`."""
+    sharded = engine.optimizer
+    if hasattr(sharded, "averaged_gradients"):  # any stage of ZeRO but 0
+        kept = [share for group in sharded.averaged_gradients.values() for share in group or ()]
+    else:
+        kept = [parameter.grad for parameter in engine.module.parameters()]
+    gradients = [gradient for gradient in kept if gradient is not None]
+    flags = [gradient.isfinite().all() for gradient in gradients]
+    return not flags or bool(torch.stack(flags).all())
+
+
+def drop_gradients(engine) -> None:
+    """End an accumulation without a step: as if its backward passes had not been made."""
+    sharded = engine.optimizer
+    if hasattr(sharded, "averaged_gradients"):  # as its own step does after an overflow
+        sharded.zero_grad(set_to_none=True)
+        sharded.micro_step_id = -1
+        sharded.averaged_gradients.clear()
+        getattr(sharded, "all_grad_tensors", {}).clear()
+    else:
+        engine.zero_grad()
+    engine.micro_steps += 1
+
+
 def optimizer_state(engine) -> tuple[dict[str, Tensor], list[int]]:
     """`optimizer.state_tensors` of an engine, the same for every ZeRO stage and number of ranks.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,20 @@ from tdm_r1.engine import Engine, to_output
 from tdm_r1.errors import ConfigError
 from tdm_r1.pipeline import Pipeline
 from tdm_r1.prompts import evaluation_prompts, load_prompts
+from tdm_r1.training import panel
 from tdm_r1.training.roles import Role
 
 BATCH = 64
+NUM_SHOWN = 24
+
+
+@dataclass
+class Sample:
+    """The first prompts of an evaluation, their pictures and what the reward says of each."""
+
+    prompts: list[str]
+    pictures: list[Image.Image]
+    values: list[float]
 
 
 class Evaluator:
@@ -34,6 +46,8 @@ class Evaluator:
             self.held_out = evaluation_prompts(pools, config.num_prompts)
         default = "shapes:strict" if source == "shapes" else recipe.reward
         self.reward = rewards.load_reward(config.reward or default)
+        other = config.held_out_reward
+        self.held_out_reward = rewards.load_reward(other) if other else None
         self.pipeline = pipeline
         self.steps = config.steps or recipe.rollout.steps
         self.engine = Engine(pipeline, steps=self.steps, solver=recipe.rollout.solver)
@@ -43,36 +57,47 @@ class Evaluator:
         """What `run` draws."""
         return [*self.prompts, *self.held_out]
 
-    def run(self, role: Role) -> dict[str, Any]:
+    def run(self, role: Role) -> tuple[dict[str, Any], Sample]:
         """Score a role on the recipe's prompts, and on the families it is not trained on.
 
-        Returns {"reward", "interval", "families", "family_mean", "num_prompts",
-        "num_distinct_prompts", "seed", "steps", "guidance"} and, with `held_out_families`,
-        "held_out" with the first six of these. The reward is the mean over pictures; "family_mean",
-        over families, is the score that GenEval reports for its six tasks.
+        Returns {"reward", "interval", "families", "family_intervals", "family_mean", "num_prompts",
+        "num_distinct_prompts", "panel", "seed", "steps", "guidance"} and, with `held_out_families`,
+        "held_out" with the first eight of these; and the sample that pages show. The reward is the
+        mean over pictures; "family_mean", over families, is the score that GenEval reports for its
+        six tasks; "panel" has "held_out_reward", if the recipe names one, and `panel.statistics`.
         """
         facts = {
             "seed": self.config.seed,
             "steps": self.steps,
             "guidance": self.config.guidance,
         }
-        result = self._score(role, self.prompts, self.config.seed) | facts
+        result, sample = self._score(role, self.prompts, self.config.seed)
+        result |= facts
         if self.held_out:
             seed = self.config.seed + len(self.prompts)
-            result["held_out"] = self._score(role, self.held_out, seed)
-        return result
+            result["held_out"], _ = self._score(role, self.held_out, seed)
+        return result, sample
 
-    def _score(self, role: Role, prompts: list[str], seed: int) -> dict[str, Any]:
-        values = rewards.score(self.reward, self.pictures(role, prompts, seed), prompts)
+    def _score(self, role: Role, prompts: list[str], seed: int) -> tuple[dict[str, Any], Sample]:
+        pictures = self.pictures(role, prompts, seed)
+        values = rewards.score(self.reward, pictures, prompts)
         families = by_family(values, prompts)
-        return {
+        members = panel.statistics(pictures, prompts)
+        if self.held_out_reward is not None:
+            other = rewards.score(self.held_out_reward, pictures, prompts)
+            members = {"held_out_reward": float(other.mean()), **members}
+        result = {
             "reward": float(values.mean()),
             "interval": bootstrap_interval(values, prompts, seed),
             "families": families,
+            "family_intervals": family_intervals(values, prompts, seed),
             "family_mean": float(np.mean(list(families.values()))),
             "num_prompts": len(prompts),
             "num_distinct_prompts": len(set(prompts)),
+            "panel": members,
         }
+        shown = slice(NUM_SHOWN)
+        return result, Sample(prompts[shown], pictures[shown], values[shown].tolist())
 
     def pictures(self, role: Role, prompts: Sequence[str], seed: int) -> list[Image.Image]:
         """One picture per prompt from noise seed + i."""
@@ -107,10 +132,24 @@ def bootstrap_interval(
 
 def by_family(values: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
     """Mean per family of the embedded world, task of GenEval or length of text; else "all"."""
-    groups: dict[str, list[float]] = {}
-    for value, prompt in zip(values, prompts, strict=True):
-        groups.setdefault(_family(prompt), []).append(float(value))
-    return {family: float(np.mean(group)) for family, group in groups.items()}
+    return {family: float(values[rows].mean()) for family, rows in _families(prompts).items()}
+
+
+def family_intervals(
+    values: np.ndarray, prompts: Sequence[str], seed: int
+) -> dict[str, list[float]]:
+    """`bootstrap_interval` of every family."""
+    return {
+        family: bootstrap_interval(values[rows], [prompts[i] for i in rows], seed)
+        for family, rows in _families(prompts).items()
+    }
+
+
+def _families(prompts: Sequence[str]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(_family(prompt), []).append(i)
+    return rows
 
 
 def _family(prompt: str) -> str:

@@ -50,6 +50,6 @@ class Sft:
         engine = self.trainer.engines["generator"]
         v = engine(x_s, s_B * 1000, cond.rows(mine))
         loss, metrics = flow_matching_loss(v, x0, eps)
-        engine.backward(loss)
-        engine.step()
+        self.trainer.descent.backward("generator", loss)
+        self.trainer.descent.step()
         return {name: float(value) for name, value in metrics.items()}

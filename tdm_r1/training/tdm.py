@@ -68,8 +68,10 @@ class Tdm:
     def step(self, iteration: int) -> dict[str, float]:
         """One iteration.
 
-        Raises RewardError before any role changed; the prompts are drawn again then.
+        Raises RewardError before any role changed; the prompts are drawn again then. Raises
+        NotFinite with no role changed, but by the extra updates of the fake score that came first.
         """
+        self.clock.read()  # what a skipped step has left
         position = self.sampler.position
         draw = self.sampler.draw(self.recipe.rollout.num_prompts)
         try:
@@ -108,11 +110,13 @@ class Tdm:
             for batch, pairs in zip(batches, steps, strict=True):
                 for k, _ in pairs:
                     self._fake_only(batch, k, (self.recipe.seed, iteration, DISTIL, extra))
+            self._step()
         sums: dict[str, list[Tensor]] = {}
         for batch, pairs in zip(batches, steps, strict=True):
             for slot, (k, j) in enumerate(pairs):
                 for name, value in self._backward(iteration, batch, k, j, slot).items():
                     sums.setdefault(name, []).append(value)
+        self._step()
         if self.reinforced:
             self._follow_surrogate(iteration)
         return _means(sums)
@@ -269,11 +273,12 @@ class Tdm:
         )
 
     def _descend(self, name: str, loss: Tensor) -> None:
-        engine = self.trainer.engines[name]
         with self.clock.phase("backward"):
-            engine.backward(loss)
+            self.trainer.descent.backward(name, loss)
+
+    def _step(self) -> None:
         with self.clock.phase("optimizer"):
-            engine.step()
+            self.trainer.descent.step()
 
     def _follow_surrogate(self, iteration: int) -> None:
         """The lag copy trails by about one step; the reference by an ordinary EMA."""

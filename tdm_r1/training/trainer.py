@@ -11,7 +11,6 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,18 @@ import torch
 
 from tdm_r1.config import Optimizer, Recipe, save_recipe
 from tdm_r1.engine import Engine
-from tdm_r1.errors import ConfigError, LoadError, RewardError, TdmError
+from tdm_r1.errors import ConfigError, LoadError, NotFinite, RewardError, TdmError
 from tdm_r1.models.loading import save_transformer
 from tdm_r1.models.lora_files import save_lora
 from tdm_r1.models.lora_list import load_lora
 from tdm_r1.pipeline import load_pipeline
-from tdm_r1.training import checkpoint, distributed, embeddings
+from tdm_r1.training import checkpoint, distributed, embeddings, identity, report, snapshot
+from tdm_r1.training.descent import Descent
 from tdm_r1.training.evaluate import Evaluator
+from tdm_r1.training.history import History
 from tdm_r1.training.offload import Offload
 from tdm_r1.training.progress import Progress
-from tdm_r1.training.roles import TRAINED, Role, build_roles, follow
+from tdm_r1.training.roles import TRAINED, build_roles, follow
 from tdm_r1.training.rollout import describe
 from tdm_r1.training.sft import Sft
 from tdm_r1.training.tdm import Tdm
@@ -47,6 +48,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         """Raises ConfigError or LoadError before anything is trained."""
         distributed.init()
+        identity.check_ranks(recipe)
+        report.check(recipe.report_to)
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         self.output = Path(recipe.output)
@@ -80,6 +83,9 @@ class Trainer:
             self.pipeline, steps=recipe.rollout.steps, solver=recipe.rollout.solver
         )
         self.iteration = 0
+        self.skipped = 0  # steps in a row that were not finite
+        self.stopped: str | None = None  # why the guard ended the run
+        self.history = History()
         self.stop_signal: int | None = None
         self.evaluator = Evaluator(recipe, self.pipeline)
         if recipe.memory.decode_batch:
@@ -90,12 +96,16 @@ class Trainer:
             sampler = getattr(self.method, "sampler", None)
             prompts = embeddings.needed_prompts(recipe, sampler, self.evaluator.all_prompts)
             embeddings.precompute(self.pipeline, prompts, self.output)
-        parts = [self.pipeline.vae, self.evaluator.reward, getattr(self.method, "reward", None)]
+        judges = [self.evaluator.reward, self.evaluator.held_out_reward]
+        parts = [self.pipeline.vae, *judges, getattr(self.method, "reward", None)]
         self.scoring = Offload(parts, self.pipeline.device, enabled=recipe.memory.offload)
         self.engines = {name: self._wrap(name) for name in TRAINED[recipe.method]}
+        self.descent = Descent(self.engines)
         found = checkpoint.latest_checkpoint(self.output)
         if resume:
-            self._resume(found)
+            if found is None:
+                raise LoadError(f"nothing to resume: no checkpoint in {self.output}")
+            snapshot.restore(self, found)
         elif found is not None:
             raise ConfigError(
                 f"output {self.output} holds {found.name} of an earlier run: "
@@ -112,39 +122,45 @@ class Trainer:
         )
 
     def run(self) -> dict[str, Any]:
-        """Train to the last iteration; returns the evaluations {"before", "after"} (rank 0's).
+        """Train to the last iteration, or until the guard ends the run.
 
-        A few-step model is evaluated before its first iteration too: it is what training must beat.
+        Returns {"before", "after", "stopped"}: two evaluations, and why the guard ended it, or
+        None. A few-step model is evaluated before its first iteration too: it is what training must
+        beat.
 
         SIGINT and SIGTERM drop the step if no role has changed yet, else finish it; then a
-        checkpoint is written and Interrupted raised. A failing reward leaves a checkpoint of the
-        last whole iteration; any other error may have struck halfway and writes none.
+        checkpoint is written and Interrupted raised. A failing reward or evaluation, or
+        `skip_limit` steps in a row that are not finite, leave a checkpoint of the last whole
+        iteration; any other error may have struck halfway and writes none.
         """
         recipe, main = self.recipe, distributed.rank() == 0
         if main:
             self.output.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, self.output / "recipe.yaml")
-        progress = Progress(self.output, recipe.iterations, self.iteration, enabled=main)
+        progress = Progress(recipe, self.iteration, enabled=main)
         caught = (signal.SIGTERM, signal.SIGINT)
         handlers = [signal.signal(number, self._on_signal) for number in caught]
         try:
-            before = {} if recipe.method == "sft" or self.iteration else self._evaluate(progress)
+            if self._evaluation_due():
+                self._evaluate(progress)
             self.stop_if_asked()
-            while self.iteration < recipe.iterations:
+            while self.iteration < recipe.iterations and self.stopped is None:
                 self._iterate(progress)
-            after = self._evaluate(progress)
-        except RewardError:  # raised on every rank, before any role changed
+        except (RewardError, NotFinite):  # raised on every rank, between two iterations
             self.save_checkpoint()
             raise
         finally:
             for number, handler in zip(caught, handlers, strict=True):
                 signal.signal(number, handler)
             progress.close()
+        if self.stopped is not None:
+            self._return_to_best()
         self.export()
         for name in TRAINED[recipe.method]:
             log.info("role hash %s %s", name, self.roles[name].sha256())
         distributed.barrier()
-        return {"before": before, "after": after}
+        before, after = self.history.result(0), self.history.result()
+        return {"before": before, "after": after, "stopped": self.stopped}
 
     def _iterate(self, progress: Progress) -> None:
         recipe, start = self.recipe, time.perf_counter()
@@ -154,19 +170,45 @@ class Trainer:
             )
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
-        metrics = self.method.step(self.iteration)
-        for name, engine in self.engines.items():
-            metrics[f"grad_norm_{name}"] = distributed.grad_norm(engine)
-        follow(self.roles["ema"], self.roles["generator"], 1 - self._ema_decay())
+        metrics: dict[str, Any]
+        try:
+            metrics = self.method.step(self.iteration)
+        except NotFinite as error:
+            self.skipped, metrics = self.skipped + 1, {"skipped": str(error)}
+        else:
+            self.skipped = 0
+            for name, engine in self.engines.items():
+                metrics[f"grad_norm_{name}"] = distributed.grad_norm(engine)
+            follow(self.roles["ema"], self.roles["generator"], 1 - self._ema_decay())
         self.iteration += 1
         metrics["seconds"] = time.perf_counter() - start
+        if "reward" in metrics:
+            self.history.reward(metrics["reward"])
         progress.update(self.iteration, metrics)
+        if self.skipped >= recipe.skip_limit:
+            raise NotFinite(
+                f"{self.skipped} steps in a row were skipped (skip_limit), the last one because "
+                f"these were {metrics['skipped']}"
+            )
         self.stop_if_asked()
-        if recipe.checkpoint_every and self.iteration % recipe.checkpoint_every == 0:
+        every = recipe.checkpoint_every
+        saved = bool(every) and self.iteration % every == 0
+        if saved:  # without the evaluation that may follow: a resumed run makes it again
             self.save_checkpoint()
-        every = recipe.evaluation.every
-        if every and self.iteration % every == 0 and self.iteration < recipe.iterations:
+        if self._evaluation_due():
             self._evaluate(progress)
+            best = recipe.evaluation.every and self.history.best == self.iteration
+            if self.stopped is not None or (every and best and not saved):
+                self.save_checkpoint()
+
+    def _evaluation_due(self) -> bool:
+        """Whether the recipe wants an evaluation now that is not there yet."""
+        now, every = self.iteration, self.recipe.evaluation.every
+        if now == 0:
+            wanted = self.recipe.method != "sft"
+        else:
+            wanted = now == self.recipe.iterations or bool(every and now % every == 0)
+        return wanted and not self.history.seen(now)
 
     def stop_if_asked(self) -> None:
         """Where every rank may stop: if any got a signal, save and raise Interrupted on all."""
@@ -184,66 +226,72 @@ class Trainer:
         self.stop_signal = number
         log.warning("%s: stopping at the next safe point, then saving", signal.Signals(number).name)
 
-    def _evaluate(self, progress: Progress) -> dict[str, Any]:
+    def _evaluate(self, progress: Progress) -> None:
+        """Rank 0 evaluates; every rank learns the result, or what went wrong."""
         result: dict[str, Any] = {}
         failure: Exception | None = None
         if distributed.rank() == 0:
             try:
                 with self.scoring():
-                    result = self.evaluator.run(self.roles["ema"])
-                progress.evaluation(self.iteration, result)
+                    result, sample = self.evaluator.run(self.roles["ema"])
+                progress.evaluation(self.iteration, result, sample)
             except Exception as error:  # the other ranks wait below
                 failure = error
-        message = distributed.gather(None if failure is None else describe(failure))[0]
+        try:
+            self._fail_together(failure, "evaluation")
+        except RewardError:
+            raise  # `run` saves
+        except Exception:  # no role is in the middle of a step
+            self.save_checkpoint()
+            raise
+        self.history.add(self.iteration, distributed.gather(result)[0])
+        self.stopped = self.history.alarm(self.recipe.evaluation.guard)
+
+    def _fail_together(self, failure: Exception | None, what: str) -> None:
+        """Raise the failure of rank 0 there, and one of the same kind on every other rank."""
+        kind = RewardError if isinstance(failure, RewardError) else TdmError
+        message = None if failure is None else describe(failure)
+        found = distributed.gather((kind, message))[0]
         if failure is not None:
             raise failure
-        if message is not None:
-            raise TdmError(f"evaluation failed on rank 0: {message}")
-        return result
+        if found[1] is not None:
+            raise found[0](f"{what} failed on rank 0: {found[1]}")
 
     def save_checkpoint(self) -> None:
-        """Write roles, copies, optimizers and position of the last whole iteration."""
+        """Write roles, copies, optimizers and position of the last whole iteration.
+
+        Raises SaveError on rank 0, TdmError on the others, if the disk does not take it.
+        """
         optimizers = {
             name: distributed.optimizer_state(engine) for name, engine in self.engines.items()
         }
+        failure: Exception | None = None
         if distributed.rank() == 0:
-            tensors: dict[str, Mapping[str, torch.Tensor]] = {
-                name: role.tensors() for name, role in self.roles.items() if name != "base"
-            }
-            state: dict[str, Any] = {"iteration": self.iteration, **self._identity()}
-            state["method"] = self.method.state() if hasattr(self.method, "state") else {}
-            for name, (moments, steps) in optimizers.items():
-                tensors[f"optimizer-{name}"] = moments
-                state[f"optimizer-{name}"] = steps
-            path = checkpoint.checkpoint_path(self.output, self.iteration)
-            checkpoint.save_checkpoint(path, tensors, state, keep_last=self.recipe.keep_checkpoints)
-        distributed.barrier()
-
-    def _identity(self) -> dict[str, Any]:
-        recipe = self.recipe
-        return {"model": recipe.model, "training": recipe.method, "seed": recipe.seed}
-
-    def _resume(self, path: Path | None) -> None:
-        if path is None:
-            raise LoadError(f"nothing to resume: no checkpoint in {self.output}")
-        tensors, state = checkpoint.load_checkpoint(path)
-        for key, value in self._identity().items():
-            if state[key] != value:
-                raise LoadError(f"{path} was written with {key} {state[key]!r}, this is {value!r}")
-        for name, role in self.roles.items():
-            _load_tensors(role, tensors.get(name, {}), path) if name != "base" else None
-        for name, engine in self.engines.items():
-            key = f"optimizer-{name}"
-            if key not in tensors:
-                raise LoadError(f"{path} holds no optimizer of {name}")
             try:
-                distributed.load_optimizer_state(engine, tensors[key], state[key])
-            except ValueError as error:
-                raise LoadError(f"{path}: {name}: {error}") from error
-        self.iteration = state["iteration"]
-        if state["method"]:
-            self.method.load_state(state["method"])
-        log.info("resumed %s at iteration %d", path, self.iteration)
+                tensors, state = snapshot.take(self, optimizers)
+                path = checkpoint.checkpoint_path(self.output, self.iteration)
+                keep, best = self.recipe.keep_checkpoints, self._best_checkpoint()
+                checkpoint.save_checkpoint(path, tensors, state, keep_last=keep, keep=best)
+            except OSError as error:
+                failure = error
+        self._fail_together(failure, "saving")
+
+    def _best_checkpoint(self) -> Path | None:
+        """Where the checkpoint of the best evaluation is, if evaluations are compared at all."""
+        best = self.history.best
+        if best is None or not self.recipe.evaluation.every:
+            return None
+        return checkpoint.checkpoint_path(self.output, best)
+
+    def _return_to_best(self) -> None:
+        """Make the EMA weights those of the best checkpoint, where checkpoints are written."""
+        path = self._best_checkpoint()
+        if path is not None and path.is_dir():
+            tensors, _ = checkpoint.load_checkpoint(path)
+            snapshot.load_role(self.roles["ema"], tensors["ema"], path)
+            self.stopped = f"{self.stopped}; best: {path}, whose EMA weights are exported"
+        if distributed.rank() == 0:
+            log.warning("stopped after iteration %d: %s", self.iteration, self.stopped)
 
     def export(self) -> None:
         """Write the EMA generator in fp16: a LoRA file, or a whole model directory."""
@@ -267,15 +315,3 @@ def learning_rate(config: Optimizer, iteration: int, total: int) -> float:
     if config.decay == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * iteration / total))
     return rate
-
-
-@torch.no_grad()
-def _load_tensors(role: Role, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    own = role.tensors()
-    if set(own) != set(tensors):
-        raise LoadError(f"{path}: role {role.name} does not match this recipe's roles")
-    for name, tensor in own.items():
-        shape, wanted = list(tensors[name].shape), list(tensor.shape)
-        if shape != wanted:
-            raise LoadError(f"{path}: {role.name}.{name} is {shape}, not {wanted}")
-        tensor.copy_(tensors[name])

@@ -131,6 +131,16 @@ def test_keep_last_deletes_the_lowest_steps_and_nothing_else(tmp_path):
     assert sorted(os.listdir(tmp_path)) == names
 
 
+def test_the_best_checkpoint_outlives_its_age(tmp_path):
+    best = checkpoint_path(tmp_path, 2)
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step, keep_last=2, keep=best)
+    names = ["checkpoint-000002", "checkpoint-000004", "checkpoint-000005"]
+    assert sorted(os.listdir(tmp_path)) == names
+    save(tmp_path, 6, keep_last=2, keep=checkpoint_path(tmp_path, 6))
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-000005", "checkpoint-000006"]
+
+
 def test_keep_last_never_deletes_what_was_just_written(tmp_path):
     for step in (10, 20):
         save(tmp_path, step)

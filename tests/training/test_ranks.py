@@ -12,7 +12,8 @@ from tdm_r1.training import checkpoint, distributed
 from tdm_r1.training.roles import TRAINED
 from tdm_r1.training.trainer import Trainer
 from tests.training.common import recipe, write_recipe
-from tests.training.test_trainer import BRIGHT, launch, logged_hashes
+from tests.training.launch import launch
+from tests.training.test_trainer import BRIGHT, logged_hashes
 
 ITERATIONS = 5
 

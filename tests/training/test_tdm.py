@@ -27,6 +27,9 @@ class Probe:
     def backward(self, loss):
         (loss / self.accumulation).backward()
 
+    def is_gradient_accumulation_boundary(self):
+        return False
+
     def step(self):
         pass
 

@@ -1,13 +1,11 @@
 """Whole runs of the trainer on random tiny models, in this process and under the launcher."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +16,8 @@ from tdm_r1.errors import ConfigError, LoadError, RewardError
 from tdm_r1.training import checkpoint, distributed
 from tdm_r1.training.trainer import Interrupted, Trainer, learning_rate
 from tests.training.common import recipe, write_recipe
+from tests.training.launch import ROOT, clean_environment, launch
 
-ROOT = Path(__file__).parents[2]
 BRIGHT = """import numpy as np
 def score(images, prompts):
     return [float(np.asarray(i).mean()) / 255 for i in images]
@@ -205,30 +203,6 @@ def test_a_failing_reward_takes_no_step_and_leaves_a_checkpoint(case, tmp_path, 
     found = checkpoint.latest_checkpoint(tmp_path / "run")
     assert found is not None
     assert checkpoint.load_checkpoint(found)[1]["iteration"] == 0
-
-
-def clean_environment():
-    """Without the process group that trainers of this process have joined."""
-    joined = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in joined}
-    return {**kept, "OMP_NUM_THREADS": "1"}
-
-
-def launch(arguments, ranks=1, **kwargs):
-    """`deepspeed --num_gpus N tdm_r1/train.py ...` as a user starts it."""
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-    ]
-    command += [str(29500 + os.getpid() % 1000), str(ROOT / "tdm_r1" / "train.py"), *arguments]
-    env = clean_environment()
-    return subprocess.run(
-        command, capture_output=True, text=True, env=env, timeout=400, cwd=ROOT, **kwargs
-    )
 
 
 def logged_hashes(text):
