@@ -20,6 +20,7 @@ LAYERS = (
     {"text", "vae"},
     {"pipeline"},
     {"exported"},
+    {"arguments", "trajectory"},
     {"engine"},
     {"training", "export"},
     {"train", "assets"},

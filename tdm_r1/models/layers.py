@@ -298,6 +298,14 @@ class Transformer(Packable):
         self.bind_ops()
         return self
 
+    def refresh(self) -> None:
+        """Bring what was made of the packed weights up to date now, in place: for CUDA graphs."""
+        for module in self.modules():
+            if isinstance(module, Packable):
+                for packed in module.packed.values():
+                    if hasattr(packed, "current"):
+                        packed.current()
+
     def run(self, name: str, *inputs: Any) -> Tensor:
         """Call a recordable method, from its recording where there is one."""
         return self.recorded.get(name, getattr(self, name))(*inputs)
