@@ -15,14 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdm_r1 import flow
-from tdm_r1.arguments import (
-    check_choices,
-    given_latents,
-    guidance_weight,
-    picture_seeds,
-    picture_size,
-)
+from tdm_r1 import arguments, flow
+from tdm_r1.calibrate import apply_fp8, wants_fp8
 from tdm_r1.errors import ConfigError, closest
 from tdm_r1.exported.loading import is_export, load_exported
 from tdm_r1.exported.manifest import TENSORRT_RTX
@@ -105,21 +99,29 @@ class Engine:
         backend: str = "auto",
         graphs: str | Backend = "auto",
         strict_graphs: bool = False,
+        precision: str = "auto",
+        calibration: str | Path | None = None,
     ) -> Engine:
         """Load a shipped model, a diffusers-format directory or a Hub id; see `load_pipeline`.
 
         `backend="onnx"` opens a directory made by `tdm-r1-export`, and so does "auto" for one;
         `backend="tensorrt-rtx"` is refused with the reason: its engines are built, not run yet.
-        `graphs` and `strict_graphs` are those of the constructor.
+        `graphs` and `strict_graphs` are those of the constructor. `precision="fp8"` multiplies e4m3
+        in the layers that the report `calibration` allows; without one the layers are measured now.
         """
-        settings: dict[str, Any] = {"lora": lora, "device": device, "dtype": dtype}
+        fp8 = wants_fp8(precision, dtype, calibration)
+        settings: dict[str, Any] = {"lora": lora, "device": device}
+        settings["dtype"] = "bfloat16" if fp8 else dtype
         if backend == "auto" and is_export(name_or_dir):
             backend = "onnx"
         if backend in ("onnx", TENSORRT_RTX):
             pipeline = load_exported(name_or_dir, backend=backend, **settings)
         else:
             pipeline = load_pipeline(name_or_dir, backend=backend, **settings)
-        return cls(pipeline, steps=steps, solver=solver, graphs=graphs, strict_graphs=strict_graphs)
+        made = cls(pipeline, steps=steps, solver=solver, graphs=graphs, strict_graphs=strict_graphs)
+        if fp8:
+            apply_fp8(pipeline, made.schedule, calibration)
+        return made
 
     @property
     def device(self) -> torch.device:
@@ -153,19 +155,19 @@ class Engine:
         a device that is out of memory or lost.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        check_choices(prompts, output_type, num_images_per_prompt)
-        height, width = picture_size(self.pipeline, height, width, latents)
+        arguments.check_choices(prompts, output_type, num_images_per_prompt)
+        height, width = arguments.picture_size(self.pipeline, height, width, latents)
         count = len(prompts) * num_images_per_prompt
-        weight = guidance_weight(self.pipeline.family, guidance_scale)
+        weight = arguments.guidance_weight(self.pipeline.family, guidance_scale)
         seeds = None
         if latents is None:
-            seeds = picture_seeds(seed, count)
+            seeds = arguments.picture_seeds(seed, count)
             self.last_seed = seeds[0]
         with device_errors(f"{count} images of {height} x {width}"):
             if latents is None:
                 x_BChw = self.noise(seeds or [], height, width)
             else:
-                x_BChw = given_latents(self.pipeline, latents, count, height, width)
+                x_BChw = arguments.given_latents(self.pipeline, latents, count, height, width)
             cond = self.pipeline.text.encode(prompts)
             uncond = None if weight == 1.0 else self.pipeline.text.encode([""])
             if len(prompts) > 1:  # one prompt's single row serves all its images as it is
@@ -259,9 +261,9 @@ class Engine:
         """
         if self.graphs is None:
             raise ConfigError(f"warmup records graphs, and this engine on {self.device} has none")
-        check_choices([""] * num_prompts, output_type, num_images_per_prompt)
-        height, width = picture_size(self.pipeline, height, width)
-        weight = guidance_weight(self.pipeline.family, guidance_scale)
+        arguments.check_choices([""] * num_prompts, output_type, num_images_per_prompt)
+        height, width = arguments.picture_size(self.pipeline, height, width)
+        weight = arguments.guidance_weight(self.pipeline.family, guidance_scale)
         x_BChw = self.noise([0] * (num_prompts * num_images_per_prompt), height, width)
         uncond = None if weight == 1.0 else self.pipeline.text.encode([""])
         task = f"a warm-up of {list(x_BChw.shape)}"

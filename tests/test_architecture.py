@@ -21,6 +21,7 @@ LAYERS = (
     {"pipeline"},
     {"exported"},
     {"arguments", "trajectory"},
+    {"calibrate"},
     {"engine"},
     {"training", "export"},
     {"train", "assets"},

@@ -16,7 +16,7 @@ from tdm_kernels.reference import to_velocity
 from tdm_kernels.registry import BACKENDS
 from torch import Tensor, nn
 
-from tdm_r1.errors import ConfigError
+from tdm_r1.errors import ConfigError, closest
 from tdm_r1.models.conditioning import Condition
 
 
@@ -191,6 +191,34 @@ def norm_weight(norm: nn.RMSNorm | None) -> Tensor | None:
     return None if norm is None else norm.weight
 
 
+class Layer(nn.Module):
+    """A block of a transformer, whose linears multiply e4m3 while `fp8` is set.
+
+    Whoever makes the rows that a layer reads makes them with `ops_for` of that layer.
+    """
+
+    fp8: Ops | None = None
+
+    def ops_for(self, ops: Ops) -> Ops:
+        """Return the e4m3 ops where this layer has them, else `ops`; those have no gradients."""
+        return ops if self.fp8 is None or torch.is_grad_enabled() else self.fp8
+
+    def pack_fp8(self, name: str, ops: Ops) -> None:
+        """Pack every linear in e4m3. Raises ConfigError, naming the layer, for one that cannot."""
+        for module in self.modules():
+            if isinstance(module, Packable):
+                try:
+                    module.pack(ops)
+                except ValueError as error:
+                    raise ConfigError(f"{name} cannot run in fp8: {error}") from error
+                if set(module.packed) != {g for g in module.groups if module.siblings(g)}:
+                    raise ConfigError(f"{name} cannot run in fp8 while it carries adapters")
+        self.fp8 = ops
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "fp8": None}  # copies start unpacked
+
+
 class Transformer(Packable):
     """Base of both transformers: op binding, freezing for inference, and the one-call velocity.
 
@@ -210,6 +238,7 @@ class Transformer(Packable):
         self.head_dim = head_dim
         self.frozen = False
         self.checkpoint_blocks = False  # recompute every block's activations in the backward pass
+        self.quantized: tuple[str, ...] = ()
         self.recorded: dict[str, Callable[..., Tensor]] = {}
         self.weights: tuple[nn.Parameter, ...] = ()  # once frozen: finding them takes its time
         self.bind_ops()
@@ -280,6 +309,8 @@ class Transformer(Packable):
         self.requires_grad_(False)
         self.frozen = True
         self.bind_ops()
+        for name in self.quantized:
+            self.layers_by_name()[name].pack_fp8(name, self.fp8_ops())
         for module in self.modules():
             if isinstance(module, Packable) and not module.packed:
                 module.pack(self.ops)
@@ -293,10 +324,46 @@ class Transformer(Packable):
         for module in self.modules():
             if isinstance(module, Packable):
                 module.unpack()
+            if isinstance(module, Layer):
+                module.fp8 = None
         self.recorded, self.weights = {}, ()
         self.frozen = False
         self.bind_ops()
         return self
+
+    def layers_by_name(self) -> dict[str, Layer]:
+        """Return the blocks that a sampling step runs, in order: those fp8 would speed up."""
+        raise NotImplementedError
+
+    def quantize(self, names: Sequence[str]) -> None:
+        """Let these layers of a frozen transformer, and no others, multiply e4m3.
+
+        Raises ConfigError for an unknown layer, one that cannot, another dtype than bfloat16, or a
+        device without e4m3; the transformer is left in its own dtype then.
+        """
+        if not self.frozen:
+            raise ConfigError("only a frozen transformer runs in fp8: call freeze() first")
+        if unknown := [name for name in names if name not in self.layers_by_name()]:
+            hint = closest(unknown[0], self.layers_by_name())
+            raise ConfigError(f"no layer {unknown[0]!r} in this model.{hint}")
+        self.quantized = tuple(names)
+        self.unfreeze()
+        try:
+            self.freeze()
+        except ConfigError:
+            self.quantized = ()
+            self.unfreeze()
+            self.freeze()
+            raise
+
+    def fp8_ops(self) -> Ops:
+        """Return the ops of layers in e4m3. Raises ConfigError where there are none."""
+        if self.dtype != torch.bfloat16:
+            raise ConfigError(f"fp8 multiplies into bfloat16: dtype is {self.dtype}")
+        try:
+            return select(self.backend, self.device, self.dtype, self.head_dim, False, fp8=True)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def refresh(self) -> None:
         """Bring what was made of the packed weights up to date now, in place: for CUDA graphs."""
