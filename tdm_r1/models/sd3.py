@@ -19,12 +19,12 @@ from tdm_r1.models.checkpointing import block_runner
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.config import parse_config
 from tdm_r1.models.layers import (
-    Layer,
     Transformer,
     check_latent_size,
     patchify,
     timestep_features,
 )
+from tdm_r1.models.packing import Layer
 from tdm_r1.models.sd3_blocks import AdaLayerNorm, Following, JointBlock
 
 

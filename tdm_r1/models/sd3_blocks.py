@@ -15,7 +15,8 @@ from tdm_kernels.layout import product_dtype
 from tdm_kernels.quantized import Quantized
 from torch import Tensor, nn
 
-from tdm_r1.models.layers import Attention, Layer, Packable, norm_weight
+from tdm_r1.models.layers import Attention, norm_weight
+from tdm_r1.models.packing import Layer, Packable
 
 EPS = 1e-6
 # (scale, shift) of the norm of the image rows that comes next, and of the text rows; its ops.

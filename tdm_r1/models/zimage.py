@@ -22,13 +22,12 @@ from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.config import parse_config
 from tdm_r1.models.layers import (
     Attention,
-    Layer,
-    Packable,
     Transformer,
     check_latent_size,
     patchify,
     timestep_features,
 )
+from tdm_r1.models.packing import Layer, Packable
 from tdm_r1.models.zimage_layout import padded_lengths, position_ids, rope_table
 
 QK_EPS = 1e-5
