@@ -6,58 +6,63 @@ normalised (what the diffusion model sees); a velocity is eps - x0.
 
 from __future__ import annotations
 
-import math
-import secrets
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from tdm_r1 import flow
+from tdm_r1 import arguments, flow
+from tdm_r1.calibrate import apply_fp8, wants_fp8
 from tdm_r1.errors import ConfigError, closest
 from tdm_r1.exported.loading import is_export, load_exported
 from tdm_r1.exported.manifest import TENSORRT_RTX
+from tdm_r1.graphs import Backend, device_errors, graph_pool
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.layers import Transformer
+from tdm_r1.models.live import LiveWeights, Update
 from tdm_r1.pipeline import Pipeline, load_pipeline
+from tdm_r1.trajectory import (
+    DECODED_PIXELS,
+    Plan,
+    Sampler,
+    Trajectory,
+    check_finite,
+    consistent_states,
+    decode,
+    example_conditions,
+    finish,
+    hand_over,
+    to_pixels,
+)
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SOLVERS = ("auto", *flow.SOLVERS)
-_DECODED_PIXELS = 24 * 512 * 512  # per VAE forward: bounds the activations of a large batch
 _REMEMBERED_PLANS = 8  # SD3.5: 13 MB each
 Callback = Callable[[int, float, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """The K+1 latents x_BChw (fp32) of one run, noise first, and the schedule they follow."""
-
-    x: tuple[Tensor, ...]
-    schedule: flow.Schedule
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """All that a trajectory needs besides latents: modulation is [K, M, B or 1, 1, D]."""
-
-    transformer: Transformer
-    context: Any
-    modulation: Tensor
 
 
 class Engine:
     """A pipeline bound to a number of steps and a solver."""
 
-    def __init__(self, pipeline: Pipeline, *, steps: int = 4, solver: str = "auto") -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        steps: int = 4,
+        solver: str = "auto",
+        graphs: str | Backend = "auto",
+        strict_graphs: bool = False,
+    ) -> None:
         """`solver="auto"` follows the model's stored scheduler.
 
-        Raises ConfigError for an unknown solver, `steps` that `flow.schedule` refuses, or a
-        schedule other than the one that a pipeline is tied to.
+        `graphs="auto"` records trajectories, decoding included, as CUDA graphs on a CUDA device;
+        "off" records none; a backend of graphs.py records with that. `strict_graphs` refuses every
+        shape that `warmup` has not seen. Raises ConfigError for an unknown solver or `graphs`,
+        `steps` that `flow.schedule` refuses, a schedule other than the one that a pipeline is tied
+        to, or strictness without graphs.
         """
         if solver not in SOLVERS:
             raise ConfigError(
@@ -72,9 +77,13 @@ class Engine:
                 f"steps is {steps} and solver is {name!r}; this export was made for"
                 f" {only.num_steps} steps of {only.solver!r}"
             )
-        self.decoded_pixels = _DECODED_PIXELS
+        self.decoded_pixels = DECODED_PIXELS  # a graph keeps what it was recorded with
         self.last_seed: int | None = None
-        self._plans: OrderedDict[tuple, _Plan] = OrderedDict()
+        self.graphs = graph_pool(pipeline.device, graphs, strict_graphs)
+        self.weights_version = 0
+        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._seen: tuple[int, int] = (0, 0)
+        self._live: LiveWeights | None = None
         self._t_K1 = torch.tensor(self.schedule.timesteps, device=pipeline.device)[:, None]
 
     @classmethod
@@ -88,20 +97,31 @@ class Engine:
         steps: int = 4,
         solver: str = "auto",
         backend: str = "auto",
+        graphs: str | Backend = "auto",
+        strict_graphs: bool = False,
+        precision: str = "auto",
+        calibration: str | Path | None = None,
     ) -> Engine:
         """Load a shipped model, a diffusers-format directory or a Hub id; see `load_pipeline`.
 
         `backend="onnx"` opens a directory made by `tdm-r1-export`, and so does "auto" for one;
         `backend="tensorrt-rtx"` is refused with the reason: its engines are built, not run yet.
+        `graphs` and `strict_graphs` are those of the constructor. `precision="fp8"` multiplies e4m3
+        in the layers that the report `calibration` allows; without one the layers are measured now.
         """
-        settings: dict[str, Any] = {"lora": lora, "device": device, "dtype": dtype}
+        fp8 = wants_fp8(precision, dtype, calibration)
+        settings: dict[str, Any] = {"lora": lora, "device": device}
+        settings["dtype"] = "bfloat16" if fp8 else dtype
         if backend == "auto" and is_export(name_or_dir):
             backend = "onnx"
         if backend in ("onnx", TENSORRT_RTX):
             pipeline = load_exported(name_or_dir, backend=backend, **settings)
         else:
             pipeline = load_pipeline(name_or_dir, backend=backend, **settings)
-        return cls(pipeline, steps=steps, solver=solver)
+        made = cls(pipeline, steps=steps, solver=solver, graphs=graphs, strict_graphs=strict_graphs)
+        if fp8:
+            apply_fp8(pipeline, made.schedule, calibration)
+        return made
 
     @property
     def device(self) -> torch.device:
@@ -130,30 +150,38 @@ class Engine:
         u + g (c - u), on above 1; Z-Image c + g (c - u), on above 0; None is off.
 
         Returns by `output_type`: "pil" a list of images, "np" fp32 [B,H,W,3] in [0,1], "pt" fp32
-        [B,3,H,W] in [0,1], "latent" fp32 [B,C,h,w]. Raises ConfigError for a bad argument.
+        [B,3,H,W] in [0,1], "latent" fp32 [B,C,h,w]. Raises ConfigError for a bad argument,
+        NumericsError, naming prompt and seed, for pictures with NaN or infinities, DeviceError for
+        a device that is out of memory or lost.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        _check_choices(prompts, output_type, num_images_per_prompt)
-        height, width = self._size(height, width, latents)
+        arguments.check_choices(prompts, output_type, num_images_per_prompt)
+        height, width = arguments.picture_size(self.pipeline, height, width, latents)
         count = len(prompts) * num_images_per_prompt
+        weight = arguments.guidance_weight(self.pipeline.family, guidance_scale)
+        seeds = None
         if latents is None:
-            x_BChw = self.noise(self._seeds(seed, count), height, width)
-        else:
-            x_BChw = self._check_latents(latents, count, height, width)
-        weight = self._guidance_weight(guidance_scale)
-        cond = self.pipeline.text.encode(prompts)
-        uncond = None if weight == 1.0 else self.pipeline.text.encode([""])
-        if len(prompts) > 1:  # one prompt's single row serves all its images as it is
-            cond = cond.repeat(num_images_per_prompt)
-        with torch.inference_mode():
-            if len(prompts) == 1 and uncond is None:
-                plan = self._remembered_plan(prompts[0], cond, x_BChw)
+            seeds = arguments.picture_seeds(seed, count)
+            self.last_seed = seeds[0]
+        with device_errors(f"{count} images of {height} x {width}"):
+            if latents is None:
+                x_BChw = self.noise(seeds or [], height, width)
             else:
-                plan = self._plan(self.pipeline.transformer, cond, uncond, x_BChw)
-            x_BChw = self._trajectory(plan, x_BChw, weight, callback)
-            out = x_BChw if output_type == "latent" else to_output(self.decode(x_BChw), output_type)
-        # A copy made out here is an ordinary tensor, which the caller may change or differentiate.
-        return out.clone() if isinstance(out, Tensor) else out
+                x_BChw = arguments.given_latents(self.pipeline, latents, count, height, width)
+            cond = self.pipeline.text.encode(prompts)
+            uncond = None if weight == 1.0 else self.pipeline.text.encode([""])
+            if len(prompts) > 1:  # one prompt's single row serves all its images as it is
+                cond = cond.repeat(num_images_per_prompt)
+            with torch.inference_mode():
+                version = self._settle()
+                if len(prompts) == 1 and uncond is None:
+                    plan = self._remembered_plan(prompts[0], cond, x_BChw, version)
+                else:
+                    plan = self._plan(self.pipeline.transformer, cond, uncond, x_BChw)
+                out, finite_2B = self._draw(plan, x_BChw, weight, output_type, callback)
+            names = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
+            check_finite(finite_2B, self.pipeline, names, seeds)
+        return hand_over(out, output_type)
 
     @torch.no_grad()
     def rollout(
@@ -164,24 +192,39 @@ class Engine:
         transformer: Transformer | None = None,
         guidance: float = 1.0,
         uncond: Condition | None = None,
+        consistent: bool = False,
     ) -> Trajectory:
         """Run the whole schedule from noise_BChw (fp32) and keep every latent.
 
         `cond` has B rows, or one row that serves the whole batch (a group of one prompt).
         `transformer` replaces the pipeline's own: a trainer rolls out its live module.
         `guidance` is w of v = u + w (c - u), for both families; 1 is off, anything else needs
-        `uncond`. The results are ordinary tensors without a graph, fit for a later autograd pass.
+        `uncond`. `consistent` runs the forward that a loss will differentiate, one velocity a step,
+        so that replaying x_k through `velocity` gives x_{k+1} bit for bit; without it the faster
+        forward differs by rounding. The results are ordinary tensors without a graph, fit for a
+        later autograd pass. Raises ConfigError for guidance without `uncond` or with `consistent`,
+        NumericsError for rows with NaN or infinities.
         """
         if guidance != 1.0 and uncond is None:
             raise ConfigError(
                 f"guidance is {guidance}, which needs `uncond`; allowed without it: 1"
             )
+        if guidance != 1.0 and consistent:
+            raise ConfigError(f"guidance is {guidance}; allowed with consistent=True: 1")
+        own = transformer is None or transformer is self.pipeline.transformer
         if transformer is None:
             transformer = self.pipeline.transformer
-        plan = self._plan(transformer, cond, None if guidance == 1.0 else uncond, noise_BChw)
-        kept = [noise_BChw]
-        self._trajectory(plan, noise_BChw, guidance, lambda k, t, x_BChw: kept.append(x_BChw))
-        return Trajectory(tuple(kept), self.schedule)
+        with device_errors(f"a rollout of {list(noise_BChw.shape)}"):
+            if consistent:
+                states = tuple(consistent_states(transformer, self.schedule, noise_BChw, cond))
+            else:
+                self._settle()
+                other = None if guidance == 1.0 else uncond
+                plan = self._plan(transformer, cond, other, noise_BChw)
+                states = self._roll_out(plan, noise_BChw, guidance)
+            check_finite(torch.isfinite(states[-1]).flatten(1).all(1)[None], self.pipeline)
+        version = self.weights_version if own else None
+        return Trajectory((noise_BChw, *states), self.schedule, version)
 
     @torch.no_grad()
     def score(
@@ -190,16 +233,66 @@ class Engine:
         """Return v_BChw (fp32, eps - x0) at times t_B in 0..1000, without a graph."""
         if transformer is None:
             transformer = self.pipeline.transformer
-        return transformer.velocity(x_BChw, t_B, cond)
+        with device_errors(f"a velocity of {list(x_BChw.shape)}"):
+            return transformer.velocity(x_BChw, t_B, cond)
 
     @torch.no_grad()
     def decode(self, latents_BChw: Tensor) -> Tensor:
         """Return images_B3HW, fp32 in [0, 1], for normalised latents."""
-        vae = self.pipeline.vae
-        pixels = latents_BChw.shape[-2] * latents_BChw.shape[-1] * vae.scale_factor**2
-        parts = latents_BChw.split(max(1, self.decoded_pixels // pixels))
-        images = [vae.decode(part) for part in parts]
-        return images[0] if len(images) == 1 else torch.cat(images)
+        with device_errors(f"decoding {list(latents_BChw.shape)}"):
+            return decode(self.pipeline.vae, latents_BChw, self.decoded_pixels)
+
+    def warmup(
+        self,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_prompts: int = 1,
+        num_images_per_prompt: int = 1,
+        text_lengths: Sequence[int] | None = None,
+        output_type: str = "pil",
+        guidance_scale: float | None = None,
+        rollout: bool = False,
+    ) -> int:
+        """Record the graphs of `generate`, or of `rollout`, for these shapes; returns their number.
+
+        `text_lengths` counts tokens; by default every length that makes a graph of its own: the one
+        of SD3, the multiples of 32 of Z-Image. Raises ConfigError without graphs.
+        """
+        if self.graphs is None:
+            raise ConfigError(f"warmup records graphs, and this engine on {self.device} has none")
+        arguments.check_choices([""] * num_prompts, output_type, num_images_per_prompt)
+        height, width = arguments.picture_size(self.pipeline, height, width)
+        weight = arguments.guidance_weight(self.pipeline.family, guidance_scale)
+        x_BChw = self.noise([0] * (num_prompts * num_images_per_prompt), height, width)
+        uncond = None if weight == 1.0 else self.pipeline.text.encode([""])
+        task = f"a warm-up of {list(x_BChw.shape)}"
+        with device_errors(task), self.graphs.warming(), torch.inference_mode():
+            self._settle()
+            for cond in example_conditions(self.pipeline, num_prompts, text_lengths):
+                cond = cond.repeat(num_images_per_prompt) if num_prompts > 1 else cond
+                plan = self._plan(self.pipeline.transformer, cond, uncond, x_BChw)
+                if rollout:
+                    self._roll_out(plan, x_BChw, weight)
+                else:
+                    self._draw(plan, x_BChw, weight, output_type, None)
+        return len(self.graphs.graphs)
+
+    def update_weights(self, source: Any) -> Update:
+        """Replace the transformer's weights in place, and say what was replaced.
+
+        `source` is a training role (its adapter is folded in, in fp32), a transformer, or a mapping
+        of all weights by name; errors are those of `LiveWeights.update`. Every graph stays valid,
+        modulation tables are computed anew, and `weights_version` grows by one.
+        """
+        transformer = self.pipeline.transformer
+        if self._live is None or self._live.transformer is not transformer:
+            self._live = LiveWeights(transformer)
+        with device_errors("an update of the weights"):
+            update = self._live.update(source)
+        self._plans.clear()
+        self.weights_version += 1
+        return update
 
     def noise(self, seeds: list[int], height: int, width: int) -> Tensor:
         """Return fp32 [B, C, height/8, width/8] standard normal noise, one seed per image.
@@ -219,20 +312,21 @@ class Engine:
 
     def _plan(
         self, transformer: Transformer, cond: Condition, uncond: Condition | None, x_BChw: Tensor
-    ) -> _Plan:
+    ) -> Plan:
         """Compute once what depends on neither t nor x, and the modulation of every t together."""
         if uncond is not None:
             sides = [side.repeat(len(x_BChw) // len(side)) for side in (cond, uncond)]
             cond = Condition.cat(sides)
         context = transformer.context(cond, x_BChw.shape[2], x_BChw.shape[3])
-        return _Plan(transformer, context, transformer.modulation(context, self._t_K1))
+        return Plan(transformer, context, transformer.modulation(context, self._t_K1))
 
-    def _remembered_plan(self, prompt: str, cond: Condition, x_BChw: Tensor) -> _Plan:
+    def _remembered_plan(
+        self, prompt: str, cond: Condition, x_BChw: Tensor, version: tuple[int, int]
+    ) -> Plan:
         """The plan of one prompt on the pipeline's transformer, until its weights change."""
         transformer = self.pipeline.transformer
         if not transformer.frozen:  # adapters may be switched, which no version counter shows
             return self._plan(transformer, cond, None, x_BChw)
-        version = hash(tuple((p.data_ptr(), p._version) for p in transformer.weights))
         key = (prompt, *x_BChw.shape[2:], transformer.dtype, version)
         plan = self._plans.pop(key, None)
         if plan is None or plan.transformer is not transformer:
@@ -242,92 +336,64 @@ class Engine:
             self._plans.popitem(last=False)
         return plan
 
-    def _trajectory(
-        self, plan: _Plan, x_BChw: Tensor, weight: float, callback: Callback | None
-    ) -> Tensor:
-        """x_K from x_0; `weight` 1 means a plan without guidance."""
-        model, x0_BChw = plan.transformer, None
-        layout = {"sign": model.sign, "patch": model.config.patch_size}
+    def _settle(self) -> tuple[int, int]:
+        """Where the frozen weights lie and how often they changed; graphs follow both."""
+        transformer = self.pipeline.transformer
+        places = hash((id(transformer), *(p.data_ptr() for p in transformer.weights)))
+        seen = places, sum(p._version for p in transformer.weights)
+        if seen != self._seen:
+            if self.graphs is not None:
+                if places != self._seen[0]:
+                    self.graphs.clear()
+                transformer.refresh()  # a replay looks at no version
+            self._seen = seen
+        return seen
+
+    def _roll_out(self, plan: Plan, x_BChw: Tensor, weight: float) -> tuple[Tensor, ...]:
+        """x_1 to x_K from x_0."""
+        sampler = Sampler(plan.transformer, self.schedule, weight)
+
+        def whole(*inputs: Any) -> tuple[Tensor, ...]:
+            return tuple(sampler.states(*inputs))
+
+        name = "rollout", weight
+        return self._replayed(plan, name, whole, x_BChw, plan.context, plan.modulation_KMB1D)
+
+    def _draw(
+        self, plan: Plan, x_BChw: Tensor, weight: float, output_type: str, callback: Callback | None
+    ) -> tuple[Tensor, Tensor]:
+        """`finish` of x_K from x_0: as one graph, or as one a step where a callback looks on."""
+        sampler, vae = Sampler(plan.transformer, self.schedule, weight), self.pipeline.vae
+
+        def whole(*inputs: Any) -> tuple[Tensor, Tensor]:
+            *_, x_K = sampler.states(*inputs)
+            return finish(vae, x_K, output_type, self.decoded_pixels)
+
+        modulation = plan.modulation_KMB1D
+        if callback is None:
+            inputs = x_BChw, plan.context, modulation
+            return self._replayed(plan, (output_type, weight), whole, *inputs)
+        x0_BChw = None
         for k, t in enumerate(self.schedule.timesteps):
-            if weight == 1.0:
-                out_Bnf = model(x_BChw, plan.context, plan.modulation[k])
-            else:
-                both = model(torch.cat([x_BChw, x_BChw]), plan.context, plan.modulation[k])
-                c_Bnf, u_Bnf = both.float().chunk(2)
-                out_Bnf = torch.lerp(u_Bnf, c_Bnf, weight)
-            step = self.schedule.constants(k)
-            m_prev = x0_BChw if step["c_prev"] else None
-            x_BChw, x0_BChw = model.ops.solver_step(x_BChw, out_Bnf, m_prev, **step, **layout)
-            if callback is not None:
-                callback(k, t, x_BChw)
-        return x_BChw
-
-    def _size(
-        self, height: int | None, width: int | None, latents: Tensor | None
-    ) -> tuple[int, int]:
-        unit, default = self.pipeline.size_unit, self.pipeline.default_size
-        if isinstance(latents, Tensor) and latents.ndim == 4 and height is None and width is None:
-            scale = self.pipeline.vae.scale_factor
-            height, width = latents.shape[2] * scale, latents.shape[3] * scale
-        height = default if height is None else height
-        width = default if width is None else width
-        for name, value in (("height", height), ("width", width)):
-            if not isinstance(value, int) or value <= 0 or value % unit:
-                raise ConfigError(f"{name} is {value!r}; allowed: a positive multiple of {unit}")
-        return height, width
-
-    def _seeds(self, seed: int | None, count: int) -> list[int]:
-        if seed is None:
-            seed = secrets.randbelow(2**31)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63 - count:
-            raise ConfigError(
-                f"seed is {seed!r}; allowed: a whole number from 0 to 2^63 - 1, or None"
+            step, name = partial(sampler.step, k), ("step", k, weight)
+            x_BChw, x0_BChw = self._replayed(
+                plan, name, step, x_BChw, x0_BChw, plan.context, modulation[k]
             )
-        self.last_seed = seed
-        return list(range(seed, seed + count))
+            callback(k, t, x_BChw)
+        last = partial(finish, vae, output_type=output_type, pixels=self.decoded_pixels)
+        if output_type == "latent":
+            return last(x_BChw)
+        return self._replayed(plan, ("decode", output_type), last, x_BChw)
 
-    def _check_latents(self, latents: Tensor, count: int, height: int, width: int) -> Tensor:
-        vae = self.pipeline.vae
-        shape = (count, vae.latent_channels, height // vae.scale_factor, width // vae.scale_factor)
-        if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
-            found = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-            raise ConfigError(f"latents has shape {found}; this call needs {shape}")
-        if not latents.is_floating_point():
-            raise ConfigError(f"latents has dtype {latents.dtype}; allowed: a floating-point dtype")
-        return latents.to(self.device, torch.float32)
-
-    def _guidance_weight(self, scale: float | None) -> float:
-        """w of u + w (c - u) for a family's `guidance_scale`; 1 is off."""
-        if scale is None:
-            return 1.0
-        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise ConfigError(f"guidance_scale is {scale!r}; allowed: a finite number, or None")
-        if self.pipeline.family == "zimage":
-            return 1.0 + scale if scale > 0 else 1.0
-        return float(scale) if scale > 1 else 1.0
-
-
-def _check_choices(prompts: list[str], output_type: str, num_images_per_prompt: int) -> None:
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ConfigError(
-            f"prompts must be a string or a non-empty list of strings, got {prompts!r}"
-        )
-    if output_type not in OUTPUT_TYPES:
-        raise ConfigError(
-            f"output_type is {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}."
-            + closest(output_type, OUTPUT_TYPES)
-        )
-    if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-        raise ConfigError(
-            f"num_images_per_prompt is {num_images_per_prompt!r}; allowed: a whole number from 1"
-        )
+    def _replayed(self, plan: Plan, name: tuple, call: Callable, *inputs: Any) -> Any:
+        """call(*inputs), from a graph where the weights behind it stay where they are."""
+        model, kind = self.pipeline.transformer, self.device.type
+        fixed = plan.transformer is model and model.frozen
+        if self.graphs is None or not fixed or torch.is_autocast_enabled(kind):
+            return call(*inputs)
+        return self.graphs.run(name, call, *inputs)
 
 
 def to_output(images_B3HW: Tensor, output_type: str):
     """Images_B3HW in [0, 1] as "pt" (unchanged), "np" fp32 [B,H,W,3] or "pil" (a list)."""
-    if output_type == "pt":
-        return images_B3HW
-    if output_type == "np":
-        return images_B3HW.permute(0, 2, 3, 1).cpu().numpy()
-    pixels_BHW3 = (images_B3HW * 255).round_().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(image) for image in pixels_BHW3.contiguous().cpu().numpy()]
+    return hand_over(to_pixels(images_B3HW) if output_type == "pil" else images_B3HW, output_type)

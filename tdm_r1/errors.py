@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class TdmError(Exception):
@@ -34,6 +34,22 @@ class NotFinite(TdmError):
 
 class ExportError(TdmError):
     """A graph could not be made, or does not compute what the Engine does: names it. Status 1."""
+
+
+class GraphError(TdmError):
+    """A graph was asked for that was not recorded, cannot be, or reads what moved. Status 1."""
+
+
+class DeviceError(TdmError, RuntimeError):
+    """The device ran out of memory, or was lost: says what was asked of it. Status 1."""
+
+
+class NumericsError(TdmError):
+    """Pictures hold NaN or infinities: `rows` are their places in the batch. Status 1."""
+
+    def __init__(self, message: str, rows: Sequence[int]) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
 
 
 def closest(name: str, allowed: Iterable[str]) -> str:

@@ -219,6 +219,7 @@ class ZImageTextEncoder(TextEncoder):
         """`features` is `QwenFeatures`, or what computes the same."""
         super().__init__(**kwargs)
         self.tokenizer, self.features = tokenizer, features
+        self.max_length = _QWEN_TOKENS
 
     def _encode(self, prompts: list[str]) -> list[tuple[Tensor, Tensor | None]]:
         texts = [

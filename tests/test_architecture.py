@@ -21,6 +21,8 @@ LAYERS = (
     {"text", "vae"},
     {"pipeline"},
     {"exported"},
+    {"arguments", "trajectory"},
+    {"calibrate"},
     {"engine"},
     {"training", "export"},
     {"train", "assets"},

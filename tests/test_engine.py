@@ -184,7 +184,7 @@ class TestOutputs:
 
     def test_decoding_in_parts_changes_nothing(self, engine, monkeypatch):
         whole = engine.decode(latents(3))
-        monkeypatch.setattr("tdm_r1.engine._DECODED_PIXELS", 64 * 64)
+        monkeypatch.setattr(engine, "decoded_pixels", 64 * 64)
         torch.testing.assert_close(engine.decode(latents(3)), whole, atol=1e-5, rtol=0)
 
     def test_vae_round_trip_shapes(self, engine):

@@ -368,18 +368,23 @@ class PanelLinear:
         half = x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
         if half or torch.compiler.is_compiling():
             return self.plain(x, out)
-        version = version_of(self.sources)
-        if version != self.version:
-            native_op("pack_panels")(self.weight, self.panels)
-            self.version = version
+        panels = self.current()
         width, depth = self.weight.shape
         rows = unit(x if x.ndim == 3 else x.reshape(1, -1, depth))
         to = rows.new_empty((*rows.shape[:2], width)) if out is None or x.ndim != 3 else out
-        native_op("linear")(rows, self.panels, self.bias, width, self.gelu, to)
+        native_op("linear")(rows, panels, self.bias, width, self.gelu, to)
         if to is out:
             return out
         y = to.view(*x.shape[:-1], width)
         return y if out is None else out.copy_(y)
+
+    def current(self) -> Tensor:
+        """Return the panels of the weight as it is now, always in the same memory."""
+        version = version_of(self.sources)
+        if version != self.version:
+            native_op("pack_panels")(self.weight, self.panels)
+            self.version = version
+        return self.panels
 
 
 def wants_grad(*inputs: Tensor | None) -> bool:

@@ -16,8 +16,9 @@ from tdm_kernels.reference import to_velocity
 from tdm_kernels.registry import BACKENDS
 from torch import Tensor, nn
 
-from tdm_r1.errors import ConfigError
+from tdm_r1.errors import ConfigError, closest
 from tdm_r1.models.conditioning import Condition
+from tdm_r1.models.packing import Layer, Packable
 
 
 def timestep_features(t: Tensor, num_features: int = 256) -> Tensor:
@@ -47,87 +48,10 @@ def patchify(x_BChw: Tensor, patch: int, dtype: torch.dtype, *, channels_last: b
     return x.to(dtype, memory_format=torch.contiguous_format).reshape(b, -1, c * patch * patch)
 
 
-def join_linears(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-    """Join linears that read the same input into one (weight, bias), detached.
-
-    The parameters become views of the joint storage: no memory is added, and in-place updates of
-    either are seen by both.
-    """
-    if len(linears) == 1:
-        bias = linears[0].bias
-        return linears[0].weight.detach(), None if bias is None else bias.detach()
-    weight = _share([linear.weight for linear in linears])
-    has_bias = linears[0].bias is not None
-    return weight, _share([linear.bias for linear in linears]) if has_bias else None
-
-
-def _share(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Make the parameters consecutive views, along the first axis, of one new tensor; return it."""
-    joint = torch.cat([parameter.detach() for parameter in parameters])
-    views = joint.split([parameter.shape[0] for parameter in parameters])
-    for parameter, view in zip(parameters, views, strict=True):
-        parameter.data = view
-    return joint
-
-
 def name_some(names: Sequence[str], limit: int = 8) -> str:
     """Join names for an error message, the tail of a long list as a count."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-class Packable(nn.Module):
-    """A module with groups of sibling linears that, once packed, run as one GEMM each (inference).
-
-    The packed path is taken only with grad off: its weights are detached, so a graph through it
-    would silently lose the gradients of the parameters.
-    """
-
-    groups: tuple[str, ...]
-    activated: tuple[str, ...] = ()  # groups whose only reader is GELU: packed, they apply it
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.packed: dict[str, Callable[..., Tensor]] = {}
-
-    def siblings(self, group: str) -> list[Any]:
-        """Return the linears of a group, in output order; all read the same input."""
-        raise NotImplementedError
-
-    def joint(self, group: str) -> Callable[..., Tensor] | None:
-        """Return the group as one linear if the packed path may be taken, else None."""
-        return None if torch.is_grad_enabled() else self.packed.get(group)
-
-    def linear(self, group: str, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Apply a group of a single linear; `out`, for inference, receives the result."""
-        packed = self.joint(group)
-        if packed is not None:
-            return packed(x, out)
-        y = self.siblings(group)[0](x)
-        return y if out is None else out.copy_(y)
-
-    def pack(self, ops: Ops) -> None:
-        """Pack every group whose members are all plain linears (a LoRA wrapper is none)."""
-        for group in self.groups:
-            linears = self.siblings(group)
-            if linears and all(type(linear) is nn.Linear for linear in linears):
-                sources = [p for linear in linears for p in linear.parameters()]
-                self.packed[group] = ops.pack_linear(
-                    *join_linears(linears), sources, gelu=group in self.activated
-                )
-
-    def unpack(self) -> None:
-        """Give every packed linear its own storage again."""
-        for group in self.packed:
-            linears = self.siblings(group)
-            for parameter in (p for linear in linears for p in linear.parameters()):
-                if len(linears) > 1:
-                    parameter.data = parameter.data.clone()
-        self.packed = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copied Parameter no longer shares storage with the joint weight: copies start unpacked.
-        return {**self.__dict__, "packed": {}}
 
 
 class Attention(Packable):
@@ -210,6 +134,7 @@ class Transformer(Packable):
         self.head_dim = head_dim
         self.frozen = False
         self.checkpoint_blocks = False  # recompute every block's activations in the backward pass
+        self.quantized: tuple[str, ...] = ()
         self.recorded: dict[str, Callable[..., Tensor]] = {}
         self.weights: tuple[nn.Parameter, ...] = ()  # once frozen: finding them takes its time
         self.bind_ops()
@@ -280,6 +205,8 @@ class Transformer(Packable):
         self.requires_grad_(False)
         self.frozen = True
         self.bind_ops()
+        for name in self.quantized:
+            self.layers_by_name()[name].pack_fp8(name, self.fp8_ops())
         for module in self.modules():
             if isinstance(module, Packable) and not module.packed:
                 module.pack(self.ops)
@@ -293,10 +220,54 @@ class Transformer(Packable):
         for module in self.modules():
             if isinstance(module, Packable):
                 module.unpack()
+            if isinstance(module, Layer):
+                module.fp8 = None
         self.recorded, self.weights = {}, ()
         self.frozen = False
         self.bind_ops()
         return self
+
+    def layers_by_name(self) -> dict[str, Layer]:
+        """Return the blocks that a sampling step runs, in order: those fp8 would speed up."""
+        raise NotImplementedError
+
+    def quantize(self, names: Sequence[str]) -> None:
+        """Let these layers of a frozen transformer, and no others, multiply e4m3.
+
+        Raises ConfigError for an unknown layer, one that cannot, another dtype than bfloat16, or a
+        device without e4m3; the transformer is left in its own dtype then.
+        """
+        if not self.frozen:
+            raise ConfigError("only a frozen transformer runs in fp8: call freeze() first")
+        if unknown := [name for name in names if name not in self.layers_by_name()]:
+            hint = closest(unknown[0], self.layers_by_name())
+            raise ConfigError(f"no layer {unknown[0]!r} in this model.{hint}")
+        self.quantized = tuple(names)
+        self.unfreeze()
+        try:
+            self.freeze()
+        except ConfigError:
+            self.quantized = ()
+            self.unfreeze()
+            self.freeze()
+            raise
+
+    def fp8_ops(self) -> Ops:
+        """Return the ops of layers in e4m3. Raises ConfigError where there are none."""
+        if self.dtype != torch.bfloat16:
+            raise ConfigError(f"fp8 multiplies into bfloat16: dtype is {self.dtype}")
+        try:
+            return select(self.backend, self.device, self.dtype, self.head_dim, False, fp8=True)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def refresh(self) -> None:
+        """Bring what was made of the packed weights up to date now, in place: for CUDA graphs."""
+        for module in self.modules():
+            if isinstance(module, Packable):
+                for packed in module.packed.values():
+                    if hasattr(packed, "current"):
+                        packed.current()
 
     def run(self, name: str, *inputs: Any) -> Tensor:
         """Call a recordable method, from its recording where there is one."""

@@ -129,7 +129,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def check_tensors(model: Transformer, tensors: dict[str, Tensor], folder: Path) -> None:
     """Raise LoadError listing every tensor that is missing, extra or misshapen."""
-    expected = model.state_dict()
+    if found := misfits(model.state_dict(), tensors):
+        raise LoadError(f"weights in {folder} do not fit its config.json; {'; '.join(found)}")
+
+
+def misfits(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
+    """Say which tensors are missing, which are extra and which misshapen; empty if none is."""
     shared = [name for name in expected if name in tensors]
     problems = {
         "missing": [name for name in expected if name not in tensors],
@@ -140,6 +145,4 @@ def check_tensors(model: Transformer, tensors: dict[str, Tensor], folder: Path) 
             if tensors[name].shape != expected[name].shape
         ],
     }
-    found = [f"{kind}: {name_some(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise LoadError(f"weights in {folder} do not fit its config.json; {'; '.join(found)}")
+    return [f"{kind}: {name_some(names)}" for kind, names in problems.items() if names]

@@ -24,6 +24,7 @@ from tdm_r1.models.layers import (
     patchify,
     timestep_features,
 )
+from tdm_r1.models.packing import Layer
 from tdm_r1.models.sd3_blocks import AdaLayerNorm, Following, JointBlock
 
 
@@ -162,6 +163,10 @@ class SD3Transformer(Transformer):
         pairs = ((block.norm1.linear, block.norm1_context.linear) for block in blocks)
         return [*chain.from_iterable(pairs), self.norm_out.linear]
 
+    def layers_by_name(self) -> dict[str, Layer]:
+        """Return the joint blocks."""
+        return {f"transformer_blocks.{i}": block for i, block in enumerate(self.transformer_blocks)}
+
     def context(self, cond: Condition, height: int, width: int) -> SD3Context:
         """Return embedded text, embedded pooled text, and the position table of this latent size.
 
@@ -225,9 +230,10 @@ class SD3Transformer(Transformer):
     def following(self, index: int, mod_MB1D: Tensor) -> Following:
         """Return scale and shift of the norms after block `index`: image's, and text's or none."""
         if index + 1 == len(self.transformer_blocks):
-            return (mod_MB1D[0], mod_MB1D[1]), (None, None)
+            return (mod_MB1D[0], mod_MB1D[1]), (None, None), self.ops
         block = self.transformer_blocks[index + 1]
-        return block.image_modulation(mod_MB1D), block.text_modulation(mod_MB1D)
+        image, text = block.image_modulation(mod_MB1D), block.text_modulation(mod_MB1D)
+        return image, text, block.ops_for(self.ops)
 
     def scale_offsets(self, device: torch.device) -> Tensor:
         """Return [M, 1, 1]: 1 where a modulation vector is a scale, 0 elsewhere."""

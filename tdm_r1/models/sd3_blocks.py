@@ -6,18 +6,21 @@ of a block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tdm_kernels import Ops
 from tdm_kernels.layout import product_dtype
+from tdm_kernels.quantized import Quantized
 from torch import Tensor, nn
 
-from tdm_r1.models.layers import Attention, Packable, norm_weight
+from tdm_r1.models.layers import Attention, norm_weight
+from tdm_r1.models.packing import Layer, Packable
 
 EPS = 1e-6
-# (scale, shift) of the norm of the image rows that comes next, and of the text rows.
-Following = tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
+# (scale, shift) of the norm of the image rows that comes next, and of the text rows; its ops.
+Following = tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None], Ops]
 
 
 class FeedForward(Packable):
@@ -109,7 +112,7 @@ class JointAttention(Attention):
             q = q if self.to_add_out is None else torch.cat([q, qc], dim=1)
             return q, torch.cat([k, kc], dim=1), torch.cat([v, vc], dim=1)
         shape = (len(y_BnD), n + yc_BTD.shape[1], 3 * y_BnD.shape[2])
-        rows = y_BnD.new_empty(shape, dtype=product_dtype(y_BnD))
+        rows = new_rows(y_BnD, shape)
         image(y_BnD, rows[:, :n])
         text(yc_BTD, rows[:, n:])
         q, k, v = rows.unflatten(-1, (3, *self.heads)).unbind(2)
@@ -118,7 +121,7 @@ class JointAttention(Attention):
         return q, k, v
 
 
-class JointBlock(nn.Module):
+class JointBlock(Layer):
     """One MMDiT block: joint attention, in some layers a second image-only attention, two MLPs."""
 
     def __init__(self, dim: int, num_heads: int, *, qk_norm: bool, dual: bool, last: bool) -> None:
@@ -144,6 +147,7 @@ class JointBlock(nn.Module):
         self, h_BnD: Tensor, c_BTD: Tensor, mod_MB1D: Tensor, ops: Ops
     ) -> tuple[Tensor, Tensor]:
         """Return what the attentions read: image rows (of two attentions, [2, B, n, D]), text."""
+        ops = self.ops_for(ops)
         y = ops.norm_modulate(h_BnD, *self.image_modulation(mod_MB1D), eps=EPS)
         return y, ops.norm_modulate(c_BTD, *self.text_modulation(mod_MB1D), eps=EPS)
 
@@ -175,19 +179,20 @@ class JointBlock(nn.Module):
         y and yc are this block's `norms`: one pass over a stream ends a block and begins the next.
         """
         scale2, shift2 = mod_MB1D[4], mod_MB1D[3]
-        o, gate, oc = self.attentions(y, yc_BTD, mod_MB1D, ops)
+        mine, after = self.ops_for(ops), following[2]
+        o, gate, oc = self.attentions(y, yc_BTD, mod_MB1D, mine)
         if isinstance(o, list):
             h_BnD = ops.gate_residual(h_BnD, o[0], gate[0])
             o, gate = o[1], gate[1]
-        h_BnD, y = ops.gate_residual_norm(h_BnD, o, gate, scale2, shift2, eps=EPS)
-        f = self.ff(y, ops)
-        h_BnD, y = ops.gate_residual_norm(h_BnD, f, mod_MB1D[5], *following[0], eps=EPS)
+        h_BnD, y = mine.gate_residual_norm(h_BnD, o, gate, scale2, shift2, eps=EPS)
+        f = self.ff(y, mine)
+        h_BnD, y = after.gate_residual_norm(h_BnD, f, mod_MB1D[5], *following[0], eps=EPS)
         if self.ff_context is None or oc is None:
             return h_BnD, None, y, None
         gate1c, shift2c, scale2c, gate2c = mod_MB1D[self.num_image_chunks + 2 :].unbind()
-        c_BTD, yc = ops.gate_residual_norm(c_BTD, oc, gate1c, scale2c, shift2c, eps=EPS)
-        f = self.ff_context(yc, ops)
-        c_BTD, yc = ops.gate_residual_norm(c_BTD, f, gate2c, *following[1], eps=EPS)
+        c_BTD, yc = mine.gate_residual_norm(c_BTD, oc, gate1c, scale2c, shift2c, eps=EPS)
+        f = self.ff_context(yc, mine)
+        c_BTD, yc = after.gate_residual_norm(c_BTD, f, gate2c, *following[1], eps=EPS)
         return h_BnD, c_BTD, y, yc
 
     def attentions(
@@ -200,7 +205,14 @@ class JointBlock(nn.Module):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             o, oc = self.attn(y[0], yc_BTD, ops)
             return [o, self.attn2.attend(y[1], ops)], [mod_MB1D[2], mod_MB1D[8]], oc
-        both = torch.empty_like(y)
+        both = new_rows(y, y.shape) if isinstance(y, Quantized) else torch.empty_like(y)
         _, oc = self.attn(y[0], yc_BTD, ops, both[0])
         self.attn2.attend(y[1], ops, out=both[1])
         return both, mod_MB1D[2:9:6], oc
+
+
+def new_rows(like: Tensor | Quantized, shape: Sequence[int]) -> Tensor:
+    """Return memory of this shape for what a linear makes of rows like these."""
+    if isinstance(like, Quantized):
+        return like.values.new_empty(shape, dtype=torch.bfloat16)
+    return like.new_empty(shape, dtype=product_dtype(like))

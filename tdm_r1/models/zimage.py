@@ -22,12 +22,12 @@ from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.config import parse_config
 from tdm_r1.models.layers import (
     Attention,
-    Packable,
     Transformer,
     check_latent_size,
     patchify,
     timestep_features,
 )
+from tdm_r1.models.packing import Layer, Packable
 from tdm_r1.models.zimage_layout import padded_lengths, position_ids, rope_table
 
 QK_EPS = 1e-5
@@ -134,7 +134,7 @@ class FeedForward(Packable):
         return self.linear("down", ops.swiglu(gate, up))
 
 
-class Block(nn.Module):
+class Block(Layer):
     """Sandwich-norm block: RMSNorm before and after attention and MLP, modulated unless `plain`."""
 
     def __init__(self, config: ZImageConfig, *, plain: bool = False) -> None:
@@ -153,7 +153,7 @@ class Block(nn.Module):
 
     def norm(self, h_BTD: Tensor, ops: Ops, mod_4B1D: Tensor | None = None) -> Tensor:
         """Return what attention reads: the normalised stream, scaled unless the block is plain."""
-        scale1 = None if mod_4B1D is None else mod_4B1D[0]
+        scale1, ops = None if mod_4B1D is None else mod_4B1D[0], self.ops_for(ops)
         return ops.norm_modulate(h_BTD, scale1, weight_D=self.attention_norm1.weight, eps=self.eps)
 
     def forward(
@@ -173,8 +173,9 @@ class Block(nn.Module):
         next. Only the first `num_rows` rows are returned, if given (all rows are attended).
         """
         _, gate1, scale2, gate2 = (None,) * 4 if mod_4B1D is None else mod_4B1D.unbind()
-        o = self.attention.attend(y_BTD, ops, rope_BTNH, lengths_B, num_rows)
-        h_BTD, y_BTD = ops.gate_residual_norm(
+        mine = self.ops_for(ops)
+        o = self.attention.attend(y_BTD, mine, rope_BTNH, lengths_B, num_rows)
+        h_BTD, y_BTD = mine.gate_residual_norm(
             h_BTD[:, :num_rows],
             o,
             gate1,
@@ -183,12 +184,12 @@ class Block(nn.Module):
             weight_D=self.ffn_norm1.weight,
             eps=self.eps,
         )
-        f, weight = self.feed_forward(y_BTD, ops), self.ffn_norm2.weight
+        f, weight = self.feed_forward(y_BTD, mine), self.ffn_norm2.weight
         if following is None:
             h_BTD = ops.gate_residual(h_BTD, f, gate2, branch_weight_D=weight, eps=self.eps)
             return h_BTD, None
         block, mod = following
-        return ops.gate_residual_norm(
+        return block.ops_for(ops).gate_residual_norm(
             h_BTD,
             f,
             gate2,
@@ -266,6 +267,11 @@ class ZImageTransformer(Transformer):
     def siblings(self, group: str) -> list[Any]:
         """Return the blocks' modulation linears in the order `forward` consumes them."""
         return [block.adaLN_modulation[0] for block in (*self.noise_refiner, *self.layers)]
+
+    def layers_by_name(self) -> dict[str, Layer]:
+        """Return the refiner's blocks on the image and those over image and text."""
+        pairs = (("noise_refiner", self.noise_refiner), ("layers", self.layers))
+        return {f"{name}.{i}": block for name, blocks in pairs for i, block in enumerate(blocks)}
 
     def context(self, cond: Condition, height: int, width: int) -> ZImageContext:
         """Return the refined captions, the rotation tables and how many rows are attended.

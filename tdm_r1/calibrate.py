@@ -1,0 +1,235 @@
+"""Which layers may run in fp8: each one's error alone, and the rule that chooses.
+
+    python -m tdm_r1.calibrate tiny-zimage [--limit 0.05] [-o report.json]
+
+Every layer is put into e4m3 alone and the same noise followed to the end. `own` is the error of
+what the layer adds to the stream, at the first step, where its inputs are the unquantised model's;
+`latents` is the error of the final latents; both relative, by norms over a few prompts. Errors of
+different layers add like independent ones, as the root of the sum of their squares. The rule: keep
+in bfloat16 the layers with the largest `latents`, as few as bring that root to `limit` or below.
+The report then measures what it chose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdm_r1 import flow
+from tdm_r1.errors import ConfigError, LoadError, closest, report
+from tdm_r1.models.layers import Transformer
+from tdm_r1.models.loading import read_json
+from tdm_r1.pipeline import Pipeline, load_pipeline
+from tdm_r1.trajectory import Sampler
+
+LIMIT = 0.05  # of the final latents' norm
+PROMPTS = (
+    "a red circle and a blue square",
+    "a photograph of an old fisherman mending nets at dawn",
+    "the word OPEN on a green sign",
+    "four yellow triangles",
+)
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Relative errors of one layer in e4m3, all others in bfloat16."""
+
+    name: str
+    own: float
+    latents: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Layers by their error, the largest first; which stay in bfloat16, and what that gives."""
+
+    layers: tuple[LayerError, ...]
+    limit: float
+    kept: tuple[str, ...]
+    predicted: float
+    measured: float
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """The layers to run in e4m3."""
+        return tuple(row.name for row in self.layers if row.name not in self.kept)
+
+
+def calibrate(
+    pipeline: Pipeline,
+    schedule: flow.Schedule,
+    *,
+    limit: float = LIMIT,
+    prompts: Sequence[str] = PROMPTS,
+    seed: int = 0,
+) -> Calibration:
+    """Measure every layer of a frozen bfloat16 transformer and leave it quantised as chosen.
+
+    Raises ConfigError for a limit that is not above 0 and what `Transformer.quantize` refuses.
+    """
+    if not limit > 0:
+        raise ConfigError(f"limit is {limit}; allowed: a relative error above 0")
+    model = pipeline.transformer
+    names = list(model.layers_by_name())
+    runs = _Runs(pipeline, schedule, prompts, seed)
+    model.quantize(())
+    exact, streams = runs.follow(names)
+    rows = []
+    for name in names:
+        model.quantize([name])
+        found, mine = runs.follow([name])
+        (before, after), (_, changed) = streams[name], mine[name]
+        own = _relative(changed, after, size=after - before)
+        rows.append(LayerError(name, own, _relative(found, exact)))
+    rows.sort(key=lambda row: -row.latents)
+    kept = choose(rows, limit)
+    left = [row for row in rows if row.name not in kept]
+    model.quantize([name for name in names if name not in kept])
+    measured = _relative(runs.follow([])[0], exact)
+    return Calibration(tuple(rows), limit, kept, _together(left), measured)
+
+
+def choose(rows: Sequence[LayerError], limit: float) -> tuple[str, ...]:
+    """Return the fewest layers to keep so that the errors of the rest amount to at most `limit`."""
+    rows = sorted(rows, key=lambda row: -row.latents)
+    number = next(n for n in range(len(rows) + 1) if _together(rows[n:]) <= limit)
+    return tuple(row.name for row in rows[:number])
+
+
+def read_calibration(path: str | Path) -> Calibration:
+    """Read a report written by this program. Raises LoadError for any other file."""
+    values = read_json(Path(path))
+    try:
+        layers = tuple(LayerError(**row) for row in values.pop("layers"))
+        return Calibration(layers, kept=tuple(values.pop("kept")), **values)
+    except (KeyError, TypeError) as error:
+        raise LoadError(f"{path} is no calibration report: {error}") from error
+
+
+def wants_fp8(precision: str, dtype: Any, calibration: str | Path | None) -> bool:
+    """Tell "fp8" from "auto". Raises ConfigError for other words and settings that disagree."""
+    if precision not in ("auto", "fp8"):
+        raise ConfigError(
+            f"precision is {precision!r}; allowed: 'auto', 'fp8'"
+            + closest(precision, ("auto", "fp8"))
+        )
+    if precision == "fp8" and dtype not in ("auto", "bfloat16", torch.bfloat16):
+        raise ConfigError(f"dtype is {dtype!r}; allowed with precision='fp8': 'auto', 'bfloat16'")
+    if precision != "fp8" and calibration is not None:
+        raise ConfigError("a calibration is for precision='fp8' only")
+    return precision == "fp8"
+
+
+def apply_fp8(pipeline: Pipeline, schedule: flow.Schedule, calibration: str | Path | None) -> None:
+    """Quantise the layers that a report allows, or that are measured now.
+
+    Raises ConfigError for a pipeline without layers of PyTorch weights or a report on others.
+    """
+    model = pipeline.transformer
+    if not model.weights:
+        raise ConfigError("precision is 'fp8'; allowed for an export: 'auto'")
+    if calibration is None:
+        calibrate(pipeline, schedule)
+        return
+    found = read_calibration(calibration)
+    if {row.name for row in found.layers} != set(model.layers_by_name()):
+        raise ConfigError(f"{calibration} reports on the layers of another model")
+    model.quantize(found.quantized)
+
+
+class _Runs:
+    """The same trajectories, again and again."""
+
+    def __init__(
+        self, pipeline: Pipeline, schedule: flow.Schedule, prompts: Sequence[str], seed: int
+    ) -> None:
+        self.model, self.schedule = pipeline.transformer, schedule
+        side = pipeline.default_size // pipeline.vae.scale_factor
+        shape = (len(prompts), pipeline.vae.latent_channels, side, side)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        self.noise_BChw = noise.to(pipeline.device)
+        self.cond = pipeline.text.encode(list(prompts))
+        self.t_K1 = torch.tensor(schedule.timesteps, device=pipeline.device)[:, None]
+
+    @torch.no_grad()
+    def follow(self, watched: Sequence[str]) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """Return the final latents, and the stream before and after layers at the first step."""
+        context = self.model.context(self.cond, *self.noise_BChw.shape[2:])
+        inputs = self.noise_BChw, context, self.model.modulation(context, self.t_K1)
+        with _streams(self.model, watched) as streams:
+            *_, x_BChw = Sampler(self.model, self.schedule).states(*inputs)
+        return x_BChw, streams
+
+
+@contextmanager
+def _streams(
+    model: Transformer, names: Sequence[str]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, inputs: tuple, out: tuple) -> None:
+            rows = out[0].shape[1]
+            found.setdefault(name, (inputs[0][:, :rows].float(), out[0].float()))
+
+        return hook
+
+    hooks = [model.layers_by_name()[name].register_forward_hook(keep(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _relative(found: Tensor, exact: Tensor, size: Tensor | None = None) -> float:
+    return float((found - exact).norm() / (exact if size is None else size).norm())
+
+
+def _together(rows: Sequence[LayerError]) -> float:
+    return sum(row.latents**2 for row in rows) ** 0.5
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a row per layer, the worst first, and write the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model", help="shipped name, directory or Hub id")
+    parser.add_argument("--lora", metavar="FILE", help="LoRA to merge first")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--limit", type=float, default=LIMIT, help="default: %(default)s")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("-o", "--output", type=Path, help="write the report here, as JSON")
+    args = parser.parse_args(argv)
+    try:
+        pipeline = load_pipeline(args.model, lora=args.lora, device=args.device, dtype="bfloat16")
+        schedule = flow.schedule(pipeline.default_solver, args.steps, pipeline.shift)
+        found = calibrate(pipeline, schedule, limit=args.limit)
+        if args.output is not None:
+            args.output.write_text(json.dumps(asdict(found), indent=1) + "\n")
+    except (ConfigError, OSError) as error:
+        return report(error, "tdm_r1.calibrate", details=False)
+    print(f"{'layer':24} {'own':>9} {'latents':>9}")
+    for row in found.layers:
+        kept = "  bfloat16" if row.name in found.kept else ""
+        print(f"{row.name:24} {row.own:9.2e} {row.latents:9.2e}{kept}")
+    print(
+        f"{len(found.kept)} of {len(found.layers)} layers stay in bfloat16: the final latents err"
+        f" by {found.measured:.2e}, predicted {found.predicted:.2e}, limit {found.limit:g}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Linears packed for inference: siblings as one GEMM, in the model's dtype or in e4m3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tdm_kernels import Ops
+from torch import Tensor, nn
+
+from tdm_r1.errors import ConfigError
+
+
+def join_linears(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """Join linears that read the same input into one (weight, bias), detached.
+
+    The parameters become views of the joint storage: no memory is added, and in-place updates of
+    either are seen by both.
+    """
+    if len(linears) == 1:
+        bias = linears[0].bias
+        return linears[0].weight.detach(), None if bias is None else bias.detach()
+    weight = _share([linear.weight for linear in linears])
+    has_bias = linears[0].bias is not None
+    return weight, _share([linear.bias for linear in linears]) if has_bias else None
+
+
+def _share(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Make the parameters consecutive views, along the first axis, of one new tensor; return it."""
+    joint = torch.cat([parameter.detach() for parameter in parameters])
+    views = joint.split([parameter.shape[0] for parameter in parameters])
+    for parameter, view in zip(parameters, views, strict=True):
+        parameter.data = view
+    return joint
+
+
+class Packable(nn.Module):
+    """A module with groups of sibling linears that, once packed, run as one GEMM each (inference).
+
+    The packed path is taken only with grad off: its weights are detached, so a graph through it
+    would silently lose the gradients of the parameters.
+    """
+
+    groups: tuple[str, ...]
+    activated: tuple[str, ...] = ()  # groups whose only reader is GELU: packed, they apply it
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: dict[str, Callable[..., Tensor]] = {}
+
+    def siblings(self, group: str) -> list[Any]:
+        """Return the linears of a group, in output order; all read the same input."""
+        raise NotImplementedError
+
+    def joint(self, group: str) -> Callable[..., Tensor] | None:
+        """Return the group as one linear if the packed path may be taken, else None."""
+        return None if torch.is_grad_enabled() else self.packed.get(group)
+
+    def linear(self, group: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Apply a group of a single linear; `out`, for inference, receives the result."""
+        packed = self.joint(group)
+        if packed is not None:
+            return packed(x, out)
+        y = self.siblings(group)[0](x)
+        return y if out is None else out.copy_(y)
+
+    def pack(self, ops: Ops) -> None:
+        """Pack every group whose members are all plain linears (a LoRA wrapper is none)."""
+        for group in self.groups:
+            linears = self.siblings(group)
+            if linears and all(type(linear) is nn.Linear for linear in linears):
+                sources = [p for linear in linears for p in linear.parameters()]
+                self.packed[group] = ops.pack_linear(
+                    *join_linears(linears), sources, gelu=group in self.activated
+                )
+
+    def unpack(self) -> None:
+        """Give every packed linear its own storage again."""
+        for group in self.packed:
+            linears = self.siblings(group)
+            for parameter in (p for linear in linears for p in linear.parameters()):
+                if len(linears) > 1:
+                    parameter.data = parameter.data.clone()
+        self.packed = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied Parameter no longer shares storage with the joint weight: copies start unpacked.
+        return {**self.__dict__, "packed": {}}
+
+
+class Layer(nn.Module):
+    """A block of a transformer, whose linears multiply e4m3 while `fp8` is set.
+
+    Whoever makes the rows that a layer reads makes them with `ops_for` of that layer.
+    """
+
+    fp8: Ops | None = None
+
+    def ops_for(self, ops: Ops) -> Ops:
+        """Return the e4m3 ops where this layer has them, else `ops`; those have no gradients."""
+        return ops if self.fp8 is None or torch.is_grad_enabled() else self.fp8
+
+    def pack_fp8(self, name: str, ops: Ops) -> None:
+        """Pack every linear in e4m3. Raises ConfigError, naming the layer, for one that cannot."""
+        for module in self.modules():
+            if isinstance(module, Packable):
+                try:
+                    module.pack(ops)
+                except ValueError as error:
+                    raise ConfigError(f"{name} cannot run in fp8: {error}") from error
+                if set(module.packed) != {g for g in module.groups if module.siblings(g)}:
+                    raise ConfigError(f"{name} cannot run in fp8 while it carries adapters")
+        self.fp8 = ops
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "fp8": None}  # copies start unpacked
