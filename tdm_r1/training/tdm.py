@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tdm_r1 import flow, rewards
-from tdm_r1.errors import ConfigError
+from tdm_r1.errors import ConfigError, NotFinite, NumericsError
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.prompts import PromptSampler, load_prompts
 from tdm_r1.training import distributed
@@ -69,7 +69,8 @@ class Tdm:
         """One iteration.
 
         Raises RewardError before any role changed; the prompts are drawn again then. Raises
-        NotFinite with no role changed, but by the extra updates of the fake score that came first.
+        NotFinite, for a rollout, a loss or a gradient, with no role changed, but by the extra
+        updates of the fake score that came first.
         """
         self.clock.read()  # what a skipped step has left
         position = self.sampler.position
@@ -83,6 +84,8 @@ class Tdm:
                 with self.trainer.scoring():
                     metrics = score_batches(self.engine, role, batches, self.reward, self.clock)
             self._stop_here(position)
+        except NotFinite:  # these prompts and their noise would only fail again
+            raise
         except Exception:
             self.sampler.position = position
             raise
@@ -94,8 +97,15 @@ class Tdm:
             groups[i : i + rollout.micro_groups]
             for i in range(0, len(groups), rollout.micro_groups)
         ]
-        seed = self.recipe.seed
-        return [roll_out(self.engine, role, part, rollout.group_size, seed) for part in parts]
+        size, seed = rollout.group_size, self.recipe.seed
+        batches, fault = [], None
+        try:
+            batches = [roll_out(self.engine, role, part, size, seed) for part in parts]
+        except NumericsError as error:  # the other ranks go on to the next collective
+            fault = f"a rollout: {error}"
+        if found := [fault for fault in distributed.gather(fault) if fault is not None]:
+            raise NotFinite(f"not finite: {found[0]}")
+        return batches
 
     def _stop_here(self, position: int) -> None:
         """No role has changed yet: a stop now drops the step, and its prompts come again."""

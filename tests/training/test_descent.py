@@ -134,6 +134,27 @@ def test_a_single_skip_is_forgotten_by_the_next_good_step(tmp_path, sd3_dir, bri
     assert ["skipped" in record for record in records(tmp_path)] == [True, False, True, False]
 
 
+def test_a_rollout_that_is_not_finite_is_skipped_with_its_prompts(
+    tmp_path, sd3_dir, bright, monkeypatch
+):
+    trainer = Trainer(recipe(tmp_path, sd3_dir, reward=bright, iterations=2))
+    noise, calls = torch.randn, []
+
+    def overflowing(*args, **kwargs):
+        calls.append(1)
+        return noise(*args, **kwargs) * (math.inf if len(calls) == 1 else 1)
+
+    before = everything(trainer)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", overflowing)
+        with pytest.raises(NotFinite, match="^not finite: a rollout: .*NaN"):
+            trainer.method.step(0)
+    assert everything(trainer) == before
+    assert trainer.method.sampler.position == trainer.recipe.rollout.num_prompts
+    trainer.method.step(1)
+    assert everything(trainer) != before
+
+
 def test_a_finite_loss_with_a_gradient_that_is_not(tmp_path, sd3_dir, bright):
     trainer = Trainer(recipe(tmp_path, sd3_dir, reward=bright, roles={"kind": "full"}))
     engine = trainer.engines["fake"]
