@@ -47,7 +47,7 @@ def interleaved(
             if round_ >= warmup:
                 samples[name].append(elapsed)
             elif not torch.cuda.is_available():
-                calls[name] = max(1, math.ceil(_BLOCK / elapsed))
+                calls[name] = max(1, math.ceil(_BLOCK / max(elapsed, 1e-4)))
     return {name: _quantiles(values) for name, values in samples.items()}
 
 

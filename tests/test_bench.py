@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 
@@ -23,7 +24,10 @@ def test_quantiles_of_interleaved_calls():
         repeats=5,
         warmup=1,
     )
-    assert "".join(calls) == "sl" * 6
+    turns = [(name, len(list(run))) for name, run in itertools.groupby(calls)]
+    assert "".join(name for name, _ in turns) == "sl" * 6
+    assert all(count == 1 for name, count in turns if name == "l")
+    assert all(count > 1 for name, count in turns[2:] if name == "s")  # a block, once it is known
     assert times["long"].p20 >= 2.0 > times["short"].p50
     assert times["long"].p20 <= times["long"].p50 <= times["long"].p80
     with pytest.raises(ValueError, match="repeats is 4"):

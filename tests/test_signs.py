@@ -1,5 +1,6 @@
 """Prompts that ask for text: what they promise the OCR reward, and how they are split."""
 
+import numpy as np
 import pytest
 
 from tdm_r1 import signs
@@ -52,7 +53,8 @@ def test_the_ocr_reward_finds_the_text():
 
 
 def test_evaluation_tells_the_families_apart():
-    found = by_family([0.0, 1.0, 0.5], ['a mug with "Tea"', 'a "Hot Tea" sign', "my mug"])
+    values = np.array([0.0, 1.0, 0.5])
+    found = by_family(values, ['a mug with "Tea"', 'a "Hot Tea" sign', "my mug"])
     assert found == {"word": 0.0, "phrase": 1.0, "all": 0.5}
 
 
