@@ -158,7 +158,12 @@ class Traced(nn.Module):
     def _trace(self, ids_BT: Tensor) -> Callable:
         # torch.jit is deprecated, but torch.export's graphs are run by Python again, and compiling
         # takes a compiler and a minute.
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        with (
+            quiet_transformers(),  # tracing reads every property of its models, some of which warn
+            warnings.catch_warnings(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             warnings.simplefilter("ignore")
             return torch.jit.trace(self.features, (ids_BT.clone(),), check_trace=False)
 
