@@ -351,6 +351,20 @@ def validate(recipe: Recipe) -> Recipe:
     return recipe
 
 
+def prompts_per_rank(recipe: Recipe, count: int, *, of: str = "ranks") -> int:
+    """How many of an iteration's prompts each of `count` ranks takes, in whole micro-batches.
+
+    Raises ConfigError, which calls ranks what `of` says, where they cannot be shared so.
+    """
+    rollout = recipe.rollout
+    if rollout.num_prompts % (count * rollout.micro_groups):
+        raise ConfigError(
+            f"rollout.num_prompts = {rollout.num_prompts} must be a multiple of "
+            f"{of} x micro_groups = {count} x {rollout.micro_groups}"
+        )
+    return rollout.num_prompts // count
+
+
 def _choice(name: str, value: Any, allowed: tuple) -> None:
     if value not in allowed:
         hint = closest(str(value), [str(a) for a in allowed])

@@ -32,9 +32,9 @@ from tdm_r1.training import queries
 from tdm_r1.training.evaluate import BATCH as EVALUATED
 from tdm_r1.training.roles import COPIES, ORIGIN, TRAINED
 from tdm_r1.training.sizes import Size
+from tdm_r1.trajectory import DECODED_PIXELS
 
 _BUCKET = 2e9
-_DECODED_PIXELS = 24 * 512 * 512  # the engine's own bound
 _QUERY_WIDTH = 12
 # (family, attends twice) -> activation kind and precision -> D-wide activations of one block that
 # the graph of a LoRA, or of all parameters, keeps.
@@ -106,7 +106,7 @@ def phases(
     resident = always | ({} if memory.precompute_text else text)
     resident |= {} if memory.offload else scoring
     query = 4.0 * _QUERY_WIDTH * size.dim * (size.image_tokens(side) + size.text_tokens)
-    pictures = memory.decode_batch or max(1, _DECODED_PIXELS // side**2)
+    pictures = memory.decode_batch or max(1, DECODED_PIXELS // side**2)
     decoded = _decoded(recipe, size, side)
     guided = 1 if recipe.evaluation.guidance == 1.0 else 2
     evaluating = max(EVALUATED * guided * query, min(EVALUATED, pictures) * decoded)

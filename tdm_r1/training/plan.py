@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tdm_r1.config import Recipe
+from tdm_r1.config import Recipe, prompts_per_rank
 from tdm_r1.errors import ConfigError
 from tdm_r1.prompts import load_prompts
 from tdm_r1.training.budget import (
@@ -78,16 +78,11 @@ def make_plan(recipe: Recipe, size: Size | None = None) -> Plan:
 
 
 def _check_shares(recipe: Recipe, gpus: int) -> None:
-    rollout = recipe.rollout
-    if recipe.method == "sft":
+    if recipe.method != "sft":
+        prompts_per_rank(recipe, gpus, of="GPUs")
+    elif recipe.data.batch_size % gpus:
         size = recipe.data.batch_size
-        if size % gpus:
-            raise ConfigError(f"data.batch_size = {size} must be a multiple of the {gpus} GPUs")
-    elif rollout.num_prompts % (gpus * rollout.micro_groups):
-        raise ConfigError(
-            f"rollout.num_prompts = {rollout.num_prompts} must be a multiple of GPUs x "
-            f"micro_groups = {gpus} x {rollout.micro_groups}"
-        )
+        raise ConfigError(f"data.batch_size = {size} must be a multiple of the {gpus} GPUs")
 
 
 KNOBS: tuple[tuple[str, Any], ...] = (

@@ -130,20 +130,19 @@ class MLflow:
         self.client.set_terminated(self.run)
 
 
-# name in a recipe -> (class, module that has to be there, package to install)
-TRACKERS: dict[str, tuple[Callable[..., Tracker], str, str]] = {
-    "tensorboard": (TensorBoard, "tensorboard", "tensorboard"),
-    "wandb": (Wandb, "wandb", "wandb"),
-    "mlflow": (MLflow, "mlflow", "mlflow"),
+# By the name of the package, which is that of its module too.
+TRACKERS: dict[str, Callable[..., Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "mlflow": MLflow,
 }
 
 
 def check(names: Sequence[str]) -> None:
     """Raises ConfigError, with the command to run, for a tracker that is not installed."""
     for name in names:
-        _, module, package = TRACKERS[name]
-        if importlib.util.find_spec(module) is None:
-            raise ConfigError(f"report_to: '{name}' is not installed; run: pip install {package}")
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"report_to: '{name}' is not installed; run: pip install {name}")
 
 
 class Report:
@@ -156,7 +155,7 @@ class Report:
         self.trackers: dict[str, Tracker] = {}
         for name in names:
             with _Dropping(self, name):
-                self.trackers[name] = TRACKERS[name][0](output, settings, iteration)
+                self.trackers[name] = TRACKERS[name](output, settings, iteration)
 
     def log(self, iteration: int, record: dict[str, Any], prefix: str) -> None:
         """The numbers of a record, those of nested ones as "prefix/outer/inner"."""

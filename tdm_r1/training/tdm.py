@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tdm_r1 import flow, rewards
-from tdm_r1.errors import ConfigError, NotFinite, NumericsError
+from tdm_r1.config import prompts_per_rank
+from tdm_r1.errors import NotFinite, NumericsError
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.prompts import PromptSampler, load_prompts
 from tdm_r1.training import distributed
@@ -46,15 +47,9 @@ class Tdm:
         self.sampler = PromptSampler(
             load_prompts(prompts.source, prompts.families, prompts.split), recipe.seed
         )
-        share, rest = divmod(recipe.rollout.num_prompts, distributed.world_size())
-        if rest or share % recipe.rollout.micro_groups:
-            raise ConfigError(
-                f"rollout.num_prompts = {recipe.rollout.num_prompts} must be a multiple of "
-                f"ranks x micro_groups = {distributed.world_size()} x {recipe.rollout.micro_groups}"
-            )
-        self.share = share
+        self.share = prompts_per_rank(recipe, distributed.world_size())
         self.clock = Clock()
-        passes = share // recipe.rollout.micro_groups * recipe.distillation.boundaries
+        passes = self.share // recipe.rollout.micro_groups * recipe.distillation.boundaries
         self.accumulation = {"generator": passes, "fake": passes, "surrogate": passes}
 
     def state(self) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def test_a_tracker_that_fails_is_dropped_and_the_others_go_on(tmp_path, monkeypa
             raise OSError("the server is gone")
 
     for name, made in (("bad", Bad), ("good", Good), ("worse", math.log)):
-        monkeypatch.setitem(report.TRACKERS, name, (made, name, name))
+        monkeypatch.setitem(report.TRACKERS, name, made)
     with caplog.at_level(logging.WARNING):
         told = Report(["bad", "good", "worse"], tmp_path, SETTINGS, 0)
         told.log(1, {"reward": 1.0}, "train")
