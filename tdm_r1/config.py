@@ -125,7 +125,11 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Reinforcement:
-    """The surrogate reward and its pull on the generator."""
+    """The surrogate reward and its pull on the generator.
+
+    `judged`: the surrogate learns from every state of a "trajectory", as published, or from "final"
+    pictures alone, whose velocity target has no noise of the earlier states.
+    """
 
     tdm_weight: float = 0.3
     beta: float = 10.0
@@ -138,6 +142,7 @@ class Reinforcement:
     trunc_steps: int = 4
     reference: str = "frozen"
     reference_decay: float = 0.95
+    judged: str = "trajectory"
 
 
 @dataclass(frozen=True)
@@ -294,6 +299,7 @@ def validate(recipe: Recipe) -> Recipe:
     _choice("precision", recipe.precision, ("bf16", "fp32"))
     _choice("memory.base", recipe.memory.base, ("fp32", "bf16"))
     _choice("reinforcement.reference", recipe.reinforcement.reference, ("frozen", "ema"))
+    _choice("reinforcement.judged", recipe.reinforcement.judged, ("trajectory", "final"))
     _choice("zero_stage", recipe.zero_stage, (0, 1, 2))
     for name in recipe.report_to:
         _choice("report_to", name, TRACKERS)

@@ -84,14 +84,15 @@ def ask(engine: Engine, queries: Sequence[Query]) -> list[Tensor]:
     return [answers[index] for index in range(len(queries))]
 
 
-def draw_boundaries(rng: np.random.Generator, num_steps: int, count: int) -> list[tuple[int, int]]:
+def draw_boundaries(
+    rng: np.random.Generator, num_steps: int, count: int, judged: str = "trajectory"
+) -> list[tuple[int, int]]:
     """`count` pairs (k, j): k without replacement, P(k) = 1/K; P(j) = (j + 1) / (1 + ... + K).
 
-    Within a pair P(j = k) is the largest that these laws allow: j = k with probability
+    Where only "final" states are judged, j = K - 1. Within a pair P(j = k) is the largest that these laws allow: j = k with probability
     min(1, K P(j = k)), else j from what is left of its law.
     """
-    p_K = np.arange(1, num_steps + 1) / (num_steps * (num_steps + 1) / 2)
-    rest_K = np.maximum(p_K - 1 / num_steps, 0)
+    p_K, rest_K = _laws(num_steps, judged)
     pairs = []
     for k in rng.choice(num_steps, count, replace=False).tolist():
         same = rng.random() < num_steps * p_K[k] or not rest_K.any()
@@ -121,14 +122,21 @@ def mean_forwards(recipe: Recipe, schedule: flow.Schedule) -> float:
     """`num_forwards`, averaged over the law of (k, j)."""
     return sum(
         probability * num_forwards(recipe, schedule, k, j)
-        for k, j, probability in _law(schedule.num_steps)
+        for k, j, probability in _law(schedule.num_steps, recipe.reinforcement.judged)
     )
 
 
-def _law(num_steps: int) -> Iterator[tuple[int, int, float]]:
-    """(k, j, probability) of `draw_boundaries`."""
+def _laws(num_steps: int, judged: str) -> tuple[np.ndarray, np.ndarray]:
+    """P(j), and what is left of it, not normalised, where j = k has taken all it can."""
     p_K = np.arange(1, num_steps + 1) / (num_steps * (num_steps + 1) / 2)
-    rest_K = np.maximum(p_K - 1 / num_steps, 0)
+    if judged == "final":
+        p_K = np.eye(num_steps)[-1]
+    return p_K, np.maximum(p_K - 1 / num_steps, 0)
+
+
+def _law(num_steps: int, judged: str) -> Iterator[tuple[int, int, float]]:
+    """(k, j, probability) of `draw_boundaries`."""
+    p_K, rest_K = _laws(num_steps, judged)
     for k in range(num_steps):
         same = min(1.0, num_steps * p_K[k])
         for j in range(num_steps):

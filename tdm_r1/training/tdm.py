@@ -132,7 +132,8 @@ class Tdm:
         The same micro-batch meets the same steps however many ranks share the work.
         """
         rng = np.random.default_rng((self.recipe.seed, iteration, STEPS, micro_batch))
-        return draw_boundaries(rng, self.schedule.num_steps, self.recipe.distillation.boundaries)
+        count, judged = self.recipe.distillation.boundaries, self.recipe.reinforcement.judged
+        return draw_boundaries(rng, self.schedule.num_steps, count, judged)
 
     def _draw_inputs(
         self, iteration: int, batch: Batch, k: int, j: int, slot: int

@@ -21,16 +21,19 @@ from tests.training.test_roles import TARGETS
 from tests.training.test_tdm import make
 
 
+@pytest.mark.parametrize("judged", ["trajectory", "final"])
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
-def test_coupled_boundaries_keep_their_laws(num_steps):
-    law = list(queries._law(num_steps))
+def test_coupled_boundaries_keep_their_laws(num_steps, judged):
+    law = list(queries._law(num_steps, judged))
     assert sum(p for *_, p in law) == pytest.approx(1)
     for n in range(num_steps):
         assert sum(p for k, _, p in law if k == n) == pytest.approx(1 / num_steps)
         wanted = (n + 1) / (num_steps * (num_steps + 1) / 2)
+        if judged == "final":
+            wanted = float(n == num_steps - 1)
         assert sum(p for _, j, p in law if j == n) == pytest.approx(wanted)
     rng, count = np.random.default_rng(0), min(2, num_steps)
-    drawn = [draw_boundaries(rng, num_steps, count) for _ in range(4000)]
+    drawn = [draw_boundaries(rng, num_steps, count, judged) for _ in range(4000)]
     assert all(len({k for k, _ in pairs}) == count for pairs in drawn)
     found = Counter(pair for pairs in drawn for pair in pairs)
     for k, j, p in law:
@@ -44,13 +47,18 @@ def test_coupled_boundaries_keep_their_laws(num_steps):
         ({}, 8.2, 9),  # t_min = t_min_reward = 0.3: the published recipe for OCR
         ({"t_min": 0.25, "t_min_reward": 0.55}, 8.95, 10),  # for GenEval
         ({"t_min": 0.4, "t_min_reward": 0.55, "trunc_steps": 2}, 7.7, 9),  # for preferences
+        ({"judged": "final"}, 8.75, 9),
     ],
 )
 def test_published_recipes_need_at_most_nine_forwards(values, mean, largest, tmp_path):
     plain = recipe(tmp_path, "tiny-sd3", reinforcement=values)
     schedule = flow.schedule("euler", 4, 3.0)
     assert mean_forwards(plain, schedule) == pytest.approx(mean)
-    counts = [num_forwards(plain, schedule, k, j) for k, j, p in queries._law(4) if p]
+    counts = [
+        num_forwards(plain, schedule, k, j)
+        for k, j, p in queries._law(4, plain.reinforcement.judged)
+        if p
+    ]
     assert max(counts) == largest
     moving = recipe(tmp_path, "tiny-sd3", reinforcement={**values, "reference": "ema"})
     assert mean_forwards(moving, schedule) == pytest.approx(mean + 1)
