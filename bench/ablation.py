@@ -225,15 +225,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], before: dict[str, Any], file: Path) -> None:
-    """Two panels of dots, a seed each, with the mean and its interval beside: PNG."""
+    """PNG: a panel per score, a line per variant with its seeds, their mean and its interval."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     start = {"trained": before["reward"], "held_out": before["held_out"]["reward"]}
     figure, axes = plt.subplots(
-        1, 2, figsize=(9.5, 1.1 + 0.46 * len(rows)), sharey=True, layout="constrained"
+        1, 2, figsize=(9.5, 1.2 + 0.46 * len(rows)), sharex=True, sharey=True, layout="constrained"
     )
     for axis, (key, what) in zip(axes, SCORES.items(), strict=True):
         axis.axvline(0, color="0.8", linewidth=1, zorder=0)
@@ -246,9 +247,11 @@ def draw(rows: Sequence[dict[str, Any]], before: dict[str, Any], file: Path) -> 
                 axis.plot(score["interval"], [y - 0.14] * 2, color=colour, linewidth=1.2)
         axis.set_title(f"{what}: {start[key]:.2f} before", fontsize=10)
         axis.set_xlabel("change of the strict reward", fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.tick_params(labelsize=9)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
+    figure.supxlabel("dots: seeds; diamond and bar: their mean and its 95 % interval", fontsize=8)
     axes[0].set_yticks(range(len(rows)), [row["label"] for row in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.savefig(file, dpi=130)

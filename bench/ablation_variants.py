@@ -163,8 +163,11 @@ class StochasticRollout(Tdm):
 
 @dataclass(frozen=True)
 class Variant:
-    """What a run is called, its method, the recipe's keys that differ, and whether it first trains
-    a surrogate on the frozen generator, for as many iterations as the run has."""
+    """What a run is called, its method, and the recipe's keys that differ.
+
+    pretrained: a run of `PreferenceAlone` comes first, with the same seed, prompts, noise and number
+    of iterations, and hands its surrogate on.
+    """
 
     label: str
     method: type[Tdm] = Tdm
