@@ -165,8 +165,8 @@ class StochasticRollout(Tdm):
 class Variant:
     """What a run is called, its method, and the recipe's keys that differ.
 
-    pretrained: a run of `PreferenceAlone` comes first, with the same seed, prompts, noise and number
-    of iterations, and hands its surrogate on.
+    pretrained: a run of `PreferenceAlone` comes first, with the same seed, prompts, noise and as
+    many iterations, and hands its surrogate on.
     """
 
     label: str

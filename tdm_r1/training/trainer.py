@@ -36,7 +36,7 @@ from tdm_r1.training.sft import Sft
 from tdm_r1.training.tdm import Tdm
 
 log = logging.getLogger(__name__)
-METHODS = {"sft": Sft, "tdm": Tdm, "tdm_r1": Tdm}
+METHODS: dict[str, Callable[[Any], Any]] = {"sft": Sft, "tdm": Tdm, "tdm_r1": Tdm}
 
 
 class Interrupted(Exception):
