@@ -282,11 +282,15 @@ def result_of(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def prepare(args: argparse.Namespace, settings: list[str]) -> list[Run]:
-    """All runs asked for, "before" first, seed by seed. Raises ConfigError for an unfit folder."""
-    load_recipe(RECIPE, settings)
+def prepare(args: argparse.Namespace) -> list[Run]:
+    """All runs asked for, each once, "before" first, seed by seed.
+
+    Raises ConfigError for keys and seeds that no recipe takes, and for an unfit folder.
+    """
+    for seed in args.seeds:
+        load_recipe(RECIPE, [*args.settings, f"seed={seed}"])
     pairs = [("before", 0), *((name, seed) for seed in args.seeds for name in args.variants)]
-    runs = [Run(name, seed, args.output) for name, seed in pairs]
+    runs = [Run(name, seed, args.output) for name, seed in dict.fromkeys(pairs)]
     if args.aggregate:
         return runs
     done = [run for run in runs if run.file.is_file()]
@@ -296,12 +300,12 @@ def prepare(args: argparse.Namespace, settings: list[str]) -> list[Run]:
             "from them, or choose another --output"
         )
     for run in done:
-        check_settings(json.loads(run.file.read_text()), settings, args.output)
+        check_settings(json.loads(run.file.read_text()), args.settings, args.output)
     return runs
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run and report; the last line of stdout is one JSON object."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; `settings` are the recipe's keys that all runs share."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -321,15 +325,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}; allowed: 1 or more")
-    settings = [f"iterations={args.iterations}", f"rollout.num_prompts={args.prompts}"]
-    settings += args.overrides
+    sizes = [f"iterations={args.iterations}", f"rollout.num_prompts={args.prompts}"]
+    args.settings = [*sizes, *args.overrides]
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run and report; the last line of stdout is one JSON object."""
+    args = parse(argv)
     try:
-        runs = prepare(args, settings)
+        runs = prepare(args)
         missing = [] if args.aggregate else [run for run in runs if not run.file.is_file()]
         threads = max(1, torch.get_num_threads() // args.jobs)
         options = {"jobs": args.jobs, "threads": threads, "iterations": args.iterations}
         for part in (missing[:1], missing[1:]) if missing[:1] == runs[:1] else (missing,):
-            run_all(part, lambda run: command(run, settings), **options)
+            run_all(part, lambda run: command(run, args.settings), **options)
         result = result_of(runs)
     except KeyboardInterrupt:
         print(f"interrupted; --resume goes on from {args.output}", file=sys.stderr)

@@ -49,7 +49,7 @@ def made(folder):
 
 def test_a_bench_that_was_broken_off_makes_only_what_is_missing(fake, tmp_path, capsys):
     out, kept = tmp_path / "runs", tmp_path / "kept"
-    arguments = ["--output", str(out), "--variants", "tdm-r1", "no-kl", "--seeds", "1", "2"]
+    arguments = ["--output", str(out), "--variants", "tdm-r1", "no-kl", "--seeds", "1", "2", "1"]
     everything = ["before", "tdm-r1-1", "no-kl-1", "tdm-r1-2", "no-kl-2"]
     out.mkdir()
     (out / "break-no-kl-1").touch()
@@ -90,6 +90,7 @@ def test_a_bench_that_was_broken_off_makes_only_what_is_missing(fake, tmp_path, 
         (["--aggregate"], "holds no finished runs to aggregate"),
         (["--set", "rollout.num_promts=3"], "num_prompts"),
         (["--iterations", "0"], "iterations must be at least 1"),
+        (["--seeds", "0", "-1"], "seed must be at least 0; got -1"),
     ],
 )
 def test_bad_arguments_end_in_one_line(arguments, message, fake, tmp_path, capsys):
