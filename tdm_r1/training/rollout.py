@@ -8,7 +8,7 @@ rank or which batch it lands in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,14 @@ def roll_out(
     engine: Engine, role: Role, groups: Sequence[tuple[int, str]], group_size: int, seed: int
 ) -> Batch:
     """Run the current generator on G noises per group, no guidance; keeps every latent."""
+    batch = start(engine, groups, group_size, seed)
+    with role.active() as transformer:
+        path = engine.rollout(batch.cond, batch.x[0], transformer=transformer)
+    return replace(batch, x=path.x)
+
+
+def start(engine: Engine, groups: Sequence[tuple[int, str]], group_size: int, seed: int) -> Batch:
+    """G noises per group and what they are to become: a batch whose path is its first state."""
     side = engine.pipeline.default_size // engine.pipeline.vae.scale_factor
     shape = (group_size, engine.pipeline.vae.latent_channels, side, side)
     noise = torch.cat(
@@ -59,10 +67,9 @@ def roll_out(
     )
     prompts = tuple(prompt for _, prompt in groups)
     cond = engine.pipeline.text.encode(list(prompts)).repeat(group_size)
-    with role.active() as transformer:
-        path = engine.rollout(cond, noise.to(engine.device), transformer=transformer)
+    x = (noise.to(engine.device),)
     uncond = engine.pipeline.text.encode([""]).repeat(len(cond))
-    return Batch(tuple(group for group, _ in groups), prompts, group_size, cond, uncond, path.x)
+    return Batch(tuple(group for group, _ in groups), prompts, group_size, cond, uncond, x)
 
 
 def renoised(

@@ -23,7 +23,7 @@ from tdm_r1.training import distributed
 from tdm_r1.training.clock import Clock
 from tdm_r1.training.losses import Metrics, fake_loss, generator_loss, surrogate_loss, tdm_loss
 from tdm_r1.training.queries import Noised, Query, ask, draw_boundaries, pull_input
-from tdm_r1.training.roles import follow
+from tdm_r1.training.roles import TRAINED, follow
 from tdm_r1.training.rollout import Batch, renoised, roll_out, score_batches
 
 if TYPE_CHECKING:
@@ -34,7 +34,12 @@ STEPS, DISTIL, PULL, SURROGATE = 1, 2, 3, 4
 
 
 class Tdm:
-    """Rollout, reward, and the losses of the trained roles, for both methods."""
+    """Rollout, reward, and the losses of the trained roles, for both methods.
+
+    `judge` is the role that the preference loss trains, and that the lag copy follows.
+    """
+
+    judge = "surrogate"
 
     def __init__(self, trainer: Trainer) -> None:
         recipe = self.recipe = trainer.recipe
@@ -50,7 +55,7 @@ class Tdm:
         self.share = prompts_per_rank(recipe, distributed.world_size())
         self.clock = Clock()
         passes = self.share // recipe.rollout.micro_groups * recipe.distillation.boundaries
-        self.accumulation = {"generator": passes, "fake": passes, "surrogate": passes}
+        self.accumulation = dict.fromkeys(TRAINED[recipe.method], passes)
 
     def state(self) -> dict[str, Any]:
         """What resuming needs besides the roles."""
@@ -87,20 +92,25 @@ class Tdm:
         return metrics | self._update(iteration, batches) | self.clock.read()
 
     def _roll_out(self, groups: list[tuple[int, str]]) -> list[Batch]:
-        rollout, role = self.recipe.rollout, self.trainer.roles["generator"]
-        parts = [
-            groups[i : i + rollout.micro_groups]
-            for i in range(0, len(groups), rollout.micro_groups)
-        ]
-        size, seed = rollout.group_size, self.recipe.seed
+        count = self.recipe.rollout.micro_groups
+        parts = [groups[i : i + count] for i in range(0, len(groups), count)]
         batches, fault = [], None
         try:
-            batches = [roll_out(self.engine, role, part, size, seed) for part in parts]
+            batches = [self._trajectories(part) for part in parts]
         except NumericsError as error:  # the other ranks go on to the next collective
             fault = f"a rollout: {error}"
         if found := [fault for fault in distributed.gather(fault) if fault is not None]:
             raise NotFinite(f"not finite: {found[0]}")
         return batches
+
+    def _trajectories(self, groups: list[tuple[int, str]]) -> Batch:
+        """A micro-batch, by the generator as it is now."""
+        role, size = self.trainer.roles["generator"], self.recipe.rollout.group_size
+        return roll_out(self.engine, role, groups, size, self.recipe.seed)
+
+    def _clean(self, batch: Batch, k: int) -> Tensor:
+        """The clean latents [B, C, h, w] that step k of the stored trajectory went towards."""
+        return self.schedule.towards(k, batch.x[k], batch.x[k + 1])
 
     def _stop_here(self, position: int) -> None:
         """No role has changed yet: a stop now drops the step, and its prompts come again."""
@@ -123,7 +133,7 @@ class Tdm:
                     sums.setdefault(name, []).append(value)
         self._step()
         if self.reinforced:
-            self._follow_surrogate(iteration)
+            self._follow_judge(iteration)
         return _means(sums)
 
     def _draw_steps(self, iteration: int, micro_batch: int) -> list[tuple[int, int]]:
@@ -175,8 +185,7 @@ class Tdm:
             v_theta = self.trainer.engines["generator"](batch.x[k], t_k, batch.cond)
         x0_k = flow.x0_from_v(batch.x[k], v_theta, self.schedule.sigmas[k])
         # The value that its rollout went towards, with the gradient of this forward.
-        moved = self.schedule.towards(k, batch.x[k], batch.x[k + 1])
-        x0_hat = moved + self.schedule.gain(k) * (x0_k - x0_k.detach())
+        x0_hat = self._clean(batch, k) + self.schedule.gain(k) * (x0_k - x0_k.detach())
         x0 = [flow.x0_from_v(x_s, v[name], s_B) for name in ("base_c", "base_u", "fake")]
         cfg, weight_cfg = self.recipe.distillation.cfg, self.recipe.distillation.weight_cfg
         if not self.reinforced:
@@ -227,19 +236,19 @@ class Tdm:
     def _surrogate(
         self, batch: Batch, judged: Noised, j: int, v: dict[str, Tensor]
     ) -> tuple[Tensor, Metrics]:
-        """The surrogate's velocity, detached, after its backward pass."""
+        """The judge's velocity, detached, after its backward pass."""
         rl, (x_s, s_B, eps) = self.recipe.reinforcement, judged
         assert batch.advantage_B is not None
         v_star = flow.renoise_velocity(batch.x[j + 1], self.schedule.sigmas[j + 1], s_B, eps)
         with self.clock.phase("backward"):
-            v_sur = self.trainer.engines["surrogate"](x_s, s_B * 1000, batch.cond)
+            v_sur = self.trainer.engines[self.judge](x_s, s_B * 1000, batch.cond)
         loss, metrics = surrogate_loss(
             v_sur, v_star, v["base_j"], v.get("reference", v["base_j"]), v["lag"],
             batch.advantage_B, num_groups=batch.num_groups, j=j, beta=rl.beta,
             num_steps=self.schedule.num_steps, lag_clip=rl.lag_clip, drift_weight=rl.drift_weight,
             drift_limit=rl.drift_gate,
         )  # fmt: skip
-        self._descend("surrogate", loss)
+        self._descend(self.judge, loss)
         return v_sur.detach(), metrics
 
     def _fake(self, batch: Batch, distil: Noised, k: int, v_base: Tensor) -> tuple[Tensor, Metrics]:
@@ -247,7 +256,7 @@ class Tdm:
         x_s, s_B, _ = distil
         # The generator has not moved since its rollout: asking it again would cost a forward, and
         # asking it now for the gradient would keep two graphs alive.
-        x0_hat = self.schedule.towards(k, batch.x[k], batch.x[k + 1])
+        x0_hat = self._clean(batch, k)
         with self.clock.phase("backward"):
             v_fake = self.trainer.engines["fake"](x_s, s_B * 1000, batch.cond)
         drift = self.recipe.distillation.base_drift
@@ -286,12 +295,12 @@ class Tdm:
         with self.clock.phase("optimizer"):
             self.trainer.descent.step()
 
-    def _follow_surrogate(self, iteration: int) -> None:
+    def _follow_judge(self, iteration: int) -> None:
         """The lag copy trails by about one step; the reference by an ordinary EMA."""
         rl, roles = self.recipe.reinforcement, self.trainer.roles
-        follow(roles["lag"], roles["surrogate"], 1 - min(0.3, 0.001 + 0.001 * iteration))
+        follow(roles["lag"], roles[self.judge], 1 - min(0.3, 0.001 + 0.001 * iteration))
         if rl.reference == "ema":
-            follow(roles["reference"], roles["surrogate"], 1 - rl.reference_decay)
+            follow(roles["reference"], roles[self.judge], 1 - rl.reference_decay)
 
 
 def _means(values: dict[str, list[Tensor]]) -> dict[str, float]:

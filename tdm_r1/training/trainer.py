@@ -1,7 +1,7 @@
 """One trainer for every method: roles, engines, loop, EMA, evaluation, checkpoints, logs.
 
-A method (`sft.py`, `tdm.py`) supplies `accumulation`, how many backward passes each role makes per
-iteration, and `step(iteration)`, which makes them. Everything else is here.
+A method (`sft.py`, `tdm.py`) supplies `accumulation`, which roles it trains and how many backward
+passes each makes per iteration, and `step(iteration)`, which makes them. Everything else is here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ from tdm_r1.training.evaluate import Evaluator
 from tdm_r1.training.history import History
 from tdm_r1.training.offload import Offload
 from tdm_r1.training.progress import Progress
-from tdm_r1.training.roles import TRAINED, build_roles, follow
+from tdm_r1.training.roles import build_roles, follow
 from tdm_r1.training.rollout import describe
 from tdm_r1.training.sft import Sft
 from tdm_r1.training.tdm import Tdm
 
 log = logging.getLogger(__name__)
-METHODS = {"sft": Sft, "tdm": Tdm, "tdm_r1": Tdm}
+METHODS: dict[str, Callable[[Any], Any]] = {"sft": Sft, "tdm": Tdm, "tdm_r1": Tdm}
 
 
 class Interrupted(Exception):
@@ -45,8 +46,17 @@ class Interrupted(Exception):
 class Trainer:
     """Builds a recipe's run; `run()` trains it. Rank 0 alone logs, evaluates and writes."""
 
-    def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
-        """Raises ConfigError or LoadError before anything is trained."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        resume: bool = False,
+        method: Callable[[Trainer], Any] | None = None,
+    ) -> None:
+        """`method` makes the method, in an experiment with another than `recipe.method` has.
+
+        Raises ConfigError or LoadError before anything is trained.
+        """
         distributed.init()
         identity.check_ranks(recipe)
         report.check(recipe.report_to)
@@ -91,7 +101,7 @@ class Trainer:
         if recipe.memory.decode_batch:
             pixels = recipe.memory.decode_batch * self.pipeline.default_size**2
             self.engine.decoded_pixels = self.evaluator.engine.decoded_pixels = pixels
-        self.method: Any = METHODS[recipe.method](self)
+        self.method: Any = (method or METHODS[recipe.method])(self)
         if recipe.memory.precompute_text:
             sampler = getattr(self.method, "sampler", None)
             prompts = embeddings.needed_prompts(recipe, sampler, self.evaluator.all_prompts)
@@ -99,7 +109,7 @@ class Trainer:
         judges = [self.evaluator.reward, self.evaluator.held_out_reward]
         parts = [self.pipeline.vae, *judges, getattr(self.method, "reward", None)]
         self.scoring = Offload(parts, self.pipeline.device, enabled=recipe.memory.offload)
-        self.engines = {name: self._wrap(name) for name in TRAINED[recipe.method]}
+        self.engines = {name: self._wrap(name) for name in self.method.accumulation}
         self.descent = Descent(self.engines)
         found = checkpoint.latest_checkpoint(self.output)
         if resume:
@@ -156,7 +166,7 @@ class Trainer:
         if self.stopped is not None:
             self._return_to_best()
         self.export()
-        for name in TRAINED[recipe.method]:
+        for name in self.engines:
             log.info("role hash %s %s", name, self.roles[name].sha256())
         distributed.barrier()
         before, after = self.history.result(0), self.history.result()

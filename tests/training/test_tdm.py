@@ -34,9 +34,10 @@ class Probe:
         pass
 
 
-def make(tmp_path, model, method="tdm_r1", kind="full", **values):
+def make(tmp_path, model, method="tdm_r1", kind="full", experiment=None, **values):
     roles = {"kind": kind, "rank": 4, "alpha": 4.0}
-    trainer = Trainer(recipe(tmp_path, model, method=method, roles=roles, **values))
+    recipe_ = recipe(tmp_path, model, method=method, roles=roles, **values)
+    trainer = Trainer(recipe_, method=experiment)
     generator = torch.Generator().manual_seed(5)
     for name in ("generator", "fake", "surrogate", "lag", "reference"):
         if name in trainer.roles:  # roles that differ, so that a swapped query shows
