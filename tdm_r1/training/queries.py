@@ -89,8 +89,8 @@ def draw_boundaries(
 ) -> list[tuple[int, int]]:
     """`count` pairs (k, j): k without replacement, P(k) = 1/K; P(j) = (j + 1) / (1 + ... + K).
 
-    Where only "final" states are judged, j = K - 1. Within a pair P(j = k) is the largest that these laws allow: j = k with probability
-    min(1, K P(j = k)), else j from what is left of its law.
+    Where only "final" states are judged, j = K - 1. Within a pair P(j = k) is the largest that
+    these laws allow: j = k with probability min(1, K P(j)), else j from what is left of its law.
     """
     p_K, rest_K = _laws(num_steps, judged)
     pairs = []
