@@ -1,4 +1,4 @@
-"""One engine of TensorRT, tensors of a GPU in and out, without a copy and without a wait.
+"""One engine of TensorRT, tensors of a GPU in and out, without a wait.
 
 Inputs and outputs are PyTorch's memory, and so is what the engine computes in: it is taken anew for
 every call, from the pool of a graph while one is recorded, and the library owns none of it. Every
