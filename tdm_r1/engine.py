@@ -18,8 +18,7 @@ from torch import Tensor
 from tdm_r1 import arguments, flow
 from tdm_r1.calibrate import apply_fp8, wants_fp8
 from tdm_r1.errors import ConfigError, closest
-from tdm_r1.exported.loading import is_export, load_exported
-from tdm_r1.exported.manifest import TENSORRT_RTX
+from tdm_r1.exported.loading import BACKENDS, is_export, load_exported
 from tdm_r1.graphs import Backend, device_errors, graph_pool
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.layers import Transformer
@@ -105,7 +104,7 @@ class Engine:
         """Load a shipped model, a diffusers-format directory or a Hub id; see `load_pipeline`.
 
         `backend="onnx"` opens a directory made by `tdm-r1-export`, and so does "auto" for one;
-        `backend="tensorrt-rtx"` is refused with the reason: its engines are built, not run yet.
+        "tensorrt-rtx" and "tensorrt" run the engines in it, on a GPU.
         `graphs` and `strict_graphs` are those of the constructor. `precision="fp8"` multiplies e4m3
         in the layers that the report `calibration` allows; without one the layers are measured now.
         """
@@ -114,7 +113,7 @@ class Engine:
         settings["dtype"] = "bfloat16" if fp8 else dtype
         if backend == "auto" and is_export(name_or_dir):
             backend = "onnx"
-        if backend in ("onnx", TENSORRT_RTX):
+        if backend in BACKENDS:
             pipeline = load_exported(name_or_dir, backend=backend, **settings)
         else:
             pipeline = load_pipeline(name_or_dir, backend=backend, **settings)

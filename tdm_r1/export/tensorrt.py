@@ -1,4 +1,4 @@
-"""ONNX graphs as TensorRT-RTX engines, built without a GPU. The owner of `tensorrt_rtx`.
+"""ONNX graphs as TensorRT-RTX engines, built without a GPU.
 
 An engine holds one graph for some compute capabilities and the shapes of one optimisation profile.
 The network is strongly typed: every layer has the dtype of the graph, and TF32 is off. The kernels
@@ -17,6 +17,7 @@ from typing import Any
 
 from tdm_r1.errors import ConfigError, ExportError
 from tdm_r1.exported.manifest import TENSORRT_RTX
+from tdm_r1.exported.tensorrt import import_tensorrt, make_logger
 
 REPORT_EVERY = 30.0  # seconds
 Say = Callable[[str], None]
@@ -112,7 +113,8 @@ def build_engine(
 
 def _build(graph: Path, profile: Profile, target: Target, monitor: Any) -> tuple[Any, dict]:
     """(the engine as a buffer, layers by dtype)."""
-    trt, logger = _import(), _make_logger()
+    trt = _import()
+    logger = make_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -120,6 +122,7 @@ def _build(graph: Path, profile: Profile, target: Target, monitor: Any) -> tuple
         raise ExportError(f"{graph.stem}: TensorRT-RTX cannot take {_explain(parser.get_error(0))}")
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and ten bits are not fp32
+    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or no graph could record it
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = monitor
     known = _known_capabilities()
@@ -132,7 +135,7 @@ def _build(graph: Path, profile: Profile, target: Target, monitor: Any) -> tuple
     config.add_optimization_profile(shapes)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        reason = " ".join((logger.errors or ["no reason given"])[0].split())
+        reason = (logger.errors or ["no reason given"])[0]
         raise ExportError(f"{graph.stem}: TensorRT-RTX cannot build the engine: {reason}")
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     giving = (layer for layer in layers if layer.num_outputs)  # an assertion gives nothing
@@ -149,34 +152,13 @@ def _explain(error: Any) -> str:
 
 def _import() -> Any:
     """Return the `tensorrt_rtx` module; ConfigError when it, or a library of its, is missing."""
-    try:
-        import tensorrt_rtx
-    except (ImportError, OSError) as error:
-        raise ConfigError("engines are built by TensorRT-RTX: pip install tensorrt-rtx") from error
-    return tensorrt_rtx
+    return import_tensorrt(TENSORRT_RTX)
 
 
 def _known_capabilities() -> dict[str, Any]:
     """Compute capability, such as "8.9", -> the library's name for it."""
     members = _import().ComputeCapability.__members__.items()
     return {f"{name[2:-1]}.{name[-1]}": value for name, value in members if name.startswith("SM")}
-
-
-def _make_logger() -> Any:
-    base: Any = _import().ILogger
-
-    class Logger(base):
-        """Keeps errors, which the library reports in no other way, off the terminal."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= base.ERROR:
-                self.errors.append(message)
-
-    return Logger()
 
 
 def _make_monitor() -> Any:

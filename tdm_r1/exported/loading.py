@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tdm_r1.errors import ConfigError
-from tdm_r1.exported.manifest import NAME, TENSORRT_RTX, Manifest, read_manifest
+from tdm_r1.exported.manifest import NAME, Manifest, read_manifest
+from tdm_r1.exported.plan import open_plans
 from tdm_r1.exported.session import Session
+from tdm_r1.exported.tensorrt import RUNTIMES, device_of_engines
 from tdm_r1.exported.transformer import ExportedSD3, ExportedTransformer, ExportedZImage
 from tdm_r1.models.loading import CLASSES
 from tdm_r1.pipeline import Pipeline
 from tdm_r1.text import SD3TextEncoder, TextEncoder, ZImageTextEncoder, load_tokenizer
 from tdm_r1.vae import VAE
 
+BACKENDS = ("onnx", *RUNTIMES)
 CPU = torch.device("cpu")
 
 
@@ -33,49 +37,49 @@ def load_exported(
     dtype: str | torch.dtype = "auto",
     backend: str = "onnx",
 ) -> Pipeline:
-    """Open an export on ONNX Runtime. It runs on the CPU, in fp32, in the steps it was made for.
+    """Open an export of this `backend`: it runs in the steps it was made for, taking fp32.
 
-    Raises LoadError for a directory that is no finished, unchanged export, ConfigError for what an
-    export cannot do any more: take a LoRA, move, change its dtype; and for `backend=TENSORRT_RTX`,
-    whose engines are built but not run.
+    "onnx" runs its graphs on the CPU, "tensorrt-rtx" and "tensorrt" its engines on a GPU. Raises
+    LoadError for a directory that is no finished, unchanged export, ConfigError for what an export
+    cannot do any more (take a LoRA, move, change its dtype), and as `device_of_engines` does.
     """
     root = Path(root).expanduser()
-    if backend == TENSORRT_RTX:
-        raise ConfigError(f"backend is {backend!r}: {_why_no_engine(root)}")
     if lora is not None:
         raise ConfigError(f"lora is {str(lora)!r}: merge it with `tdm-r1-export --lora`")
-    if device not in ("auto", "cpu", CPU):
-        raise ConfigError(f"device is {str(device)!r}; allowed with backend='onnx': 'auto', 'cpu'")
     if dtype not in ("auto", "float32", torch.float32):
         raise ConfigError(
-            f"dtype is {str(dtype)!r}; allowed with backend='onnx': 'auto', 'float32'"
+            f"dtype is {str(dtype)!r}; allowed with backend={backend!r}: 'auto', 'float32'"
         )
+    if backend in RUNTIMES:
+        manifest = read_manifest(root)
+        gpu = device_of_engines(root, manifest, backend, device)
+        return assemble(root, manifest, open_plans(root, manifest, backend, gpu), gpu)
+    if device not in ("auto", "cpu", CPU):
+        raise ConfigError(f"device is {str(device)!r}; allowed with backend='onnx': 'auto', 'cpu'")
     return open_parts(root, read_manifest(root))
 
 
-def _why_no_engine(root: Path) -> str:
-    """What keeps the engines of an export from running; LoadError where there is no export."""
-    if read_manifest(root).engines is None:
-        return f"{root} holds no engines; `tdm-r1-export --trt` builds them"
-    instead = "backend='onnx' runs this export on the CPU"
-    if not torch.cuda.is_available():
-        return f"it needs a CUDA GPU, and this machine has none; {instead}"
-    return f"this version builds engines and does not run them yet; {instead}"
-
-
 def open_parts(root: Path, manifest: Manifest) -> Pipeline:
-    """Open the graphs of `manifest` in `root`, without checking the files."""
+    """Open the graphs of `manifest` in `root` on ONNX Runtime, without checking the files."""
     graphs = {name: Session(root / graph["file"]) for name, graph in manifest.graphs.items()}
+    return assemble(root, manifest, graphs)
+
+
+def assemble(
+    root: Path, manifest: Manifest, graphs: Mapping[str, Any], device: torch.device = CPU
+) -> Pipeline:
+    """Make a Pipeline of the opened graphs of `manifest`, called as `Session` is, on `device`."""
     config = CLASSES[manifest.transformer["_class_name"]][0].from_dict(manifest.transformer)
     transformer: ExportedTransformer
     if manifest.family == "sd3":
-        transformer = ExportedSD3(config, config.attention_head_dim, manifest, graphs)
+        transformer = ExportedSD3(config, config.attention_head_dim, manifest, graphs, device)
     else:
-        transformer = ExportedZImage(config, config.dim // config.n_heads, manifest, graphs)
+        head_dim = config.dim // config.n_heads
+        transformer = ExportedZImage(config, head_dim, manifest, graphs, device)
     return Pipeline(
         family=manifest.family,
         transformer=transformer,
-        text=_text_encoder(root, manifest, graphs),
+        text=_text_encoder(root, manifest, graphs, device),
         vae=ExportedVAE(manifest, graphs["vae_decoder"]),
         shift=manifest.shift,
         default_solver=manifest.schedule.solver,
@@ -89,7 +93,7 @@ def open_parts(root: Path, manifest: Manifest) -> Pipeline:
 class ExportedVAE(VAE):
     """The decoder of a VAE as a graph."""
 
-    def __init__(self, manifest: Manifest, graph: Session) -> None:
+    def __init__(self, manifest: Manifest, graph: Any) -> None:
         self.manifest, self.graph = manifest, graph
         self.latent_channels = manifest.vae["latent_channels"]
         self.scale_factor = manifest.vae["scale_factor"]
@@ -107,24 +111,26 @@ class ExportedVAE(VAE):
         raise ConfigError("an export holds the VAE's decoder only, and cannot encode images")
 
 
-def _text_encoder(root: Path, manifest: Manifest, graphs: dict[str, Session]) -> TextEncoder:
+def _text_encoder(
+    root: Path, manifest: Manifest, graphs: Mapping[str, Any], device: torch.device
+) -> TextEncoder:
     def pair(suffix: str, axis: str | None = None) -> tuple:
         graph = graphs[f"text_encoder{suffix}"]
         return load_tokenizer(root / f"tokenizer{suffix}"), _features(graph, manifest, axis)
 
     if manifest.family == "zimage":
-        return ZImageTextEncoder(*pair("", "text"), device=CPU)
+        return ZImageTextEncoder(*pair("", "text"), device=device)
     t5 = pair("_3", "text") if "text_encoder_3" in graphs else None
     return SD3TextEncoder(
         [pair(""), pair("_2")],
         t5,
         width=manifest.text["width"],
         t5_length=manifest.text["t5_length"],
-        device=CPU,
+        device=device,
     )
 
 
-def _features(graph: Session, manifest: Manifest, axis: str | None) -> Callable:
+def _features(graph: Any, manifest: Manifest, axis: str | None) -> Callable:
     """A text encoder's graph as `text` calls it: any number of prompts, in parts that fit."""
 
     def run(ids_BT: Tensor) -> Tensor | tuple[Tensor, ...]:

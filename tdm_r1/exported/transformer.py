@@ -10,7 +10,7 @@ are constants in it, and so is all that follows from them alone. `transformer` r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from tdm_r1.errors import ConfigError
 from tdm_r1.exported.manifest import Manifest
-from tdm_r1.exported.session import Session
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.layers import Transformer
 from tdm_r1.models.sd3 import check_condition
@@ -32,9 +31,16 @@ class ExportedTransformer(Transformer):
 
     recordable = ()
 
-    def __init__(self, config: Any, head_dim: int, manifest: Manifest, graphs: dict[str, Session]):
+    def __init__(
+        self,
+        config: Any,
+        head_dim: int,
+        manifest: Manifest,
+        graphs: Mapping[str, Any],
+        device: torch.device,
+    ) -> None:
         super().__init__()
-        self.config, self.manifest = config, manifest
+        self.config, self.manifest, self._device = config, manifest, device
         self.encode, self.step = graphs["context"], graphs["transformer"]
         self.init_runtime("auto", head_dim)
         self.frozen = True
@@ -43,7 +49,7 @@ class ExportedTransformer(Transformer):
     @property
     def device(self) -> torch.device:
         """Where latents are taken and returned."""
-        return torch.device("cpu")
+        return self._device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,9 +106,12 @@ class ExportedSD3(ExportedTransformer):
 
 @dataclass(frozen=True)
 class Captions:
-    """The prompts of a batch that pad to the same length, and the rotations that go with it."""
+    """The prompts of a batch that pad to the same length, and the rotations that go with it.
 
-    rows: Sequence[int]
+    rows_G: which prompts these are, int64.
+    """
+
+    rows_G: Tensor
     text_BPD: Tensor
     rope_image_1I1H: Tensor
     rope_text_1P1H: Tensor
@@ -110,9 +119,13 @@ class Captions:
 
 @dataclass(frozen=True)
 class ZImageOutputs:
-    """What Z-Image's `context` graph makes of a prompt batch, length by length."""
+    """What Z-Image's `context` graph makes of a prompt batch, length by length.
+
+    order_B: where each prompt is found in the groups' rows side by side, int64.
+    """
 
     groups: tuple[Captions, ...]
+    order_B: Tensor
     modulation_KMB1D: Tensor
 
 
@@ -139,8 +152,10 @@ class ExportedZImage(ExportedTransformer):
             ids = position_ids([num_text], height // p, width // p, self.device)
             rope_text, rope_image = (rope_table(part, self.config) for part in ids)
             text_BPD, modulation = self.encode(tokens_BPE, group.lengths_B, rope_text)
-            groups.append(Captions(rows, text_BPD, rope_image, rope_text))
-        return ZImageOutputs(tuple(groups), modulation)
+            rows_G = torch.tensor(rows, device=self.device)
+            groups.append(Captions(rows_G, text_BPD, rope_image, rope_text))
+        order_B = torch.cat([group.rows_G for group in groups]).argsort()
+        return ZImageOutputs(tuple(groups), order_B, modulation)
 
     def forward(self, x_BChw: Tensor, context: ZImageOutputs, mod_MB1D: Tensor) -> Tensor:
         """As in `ZImageTransformer`."""
@@ -149,9 +164,8 @@ class ExportedZImage(ExportedTransformer):
         num_image = height * width // self.config.patch_size**2
         if len(context.groups) == 1:
             return self._run(x_BChw, context.groups[0], mod_MB1D)[:, :num_image]
-        outs = [self._run(x_BChw[g.rows], g, mod_MB1D)[:, :num_image] for g in context.groups]
-        order = torch.tensor([row for group in context.groups for row in group.rows])
-        return torch.cat(outs)[order.argsort()]
+        outs = [self._run(x_BChw[g.rows_G], g, mod_MB1D)[:, :num_image] for g in context.groups]
+        return torch.cat(outs)[context.order_B]
 
     def _run(self, x_BChw: Tensor, group: Captions, mod_MB1D: Tensor) -> Tensor:
         """Patches of all padded image rows [B, I, p p C]."""

@@ -1,0 +1,118 @@
+"""TensorRT, in both its forms: the owner of `tensorrt` and `tensorrt_rtx`, and who may load what.
+
+An engine belongs to one version of one runtime and to the compute capabilities that it was built
+for. Anything else is refused before the library sees a file, with the command that rebuilds it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdm_r1.errors import ConfigError
+from tdm_r1.exported.manifest import OPTIONS, TENSORRT_RTX, Manifest
+from tdm_r1.models.lora_files import WEIGHTS_NAME
+from tdm_r1.pipeline import SHIPPED, resolve_device
+
+TENSORRT = "tensorrt"
+RUNTIMES = (TENSORRT, TENSORRT_RTX)  # each is the name of its package, too
+CPU_INSTEAD = "backend='onnx' runs this export on the CPU"
+
+
+def import_tensorrt(runtime: str) -> Any:
+    """Return the module of a runtime; ConfigError when it, or a library of its, is missing."""
+    try:
+        if runtime == TENSORRT_RTX:
+            import tensorrt_rtx as module
+        else:
+            import tensorrt as module
+    except (ImportError, OSError) as error:
+        raise ConfigError(f"{runtime!r} is not installed: pip install {runtime}") from error
+    return module
+
+
+def make_logger(module: Any) -> Any:
+    """Return a logger that keeps `errors`, which the library reports in no other way."""
+    base: Any = module.ILogger
+
+    class Logger(base):
+        """Says nothing on the terminal."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= base.ERROR:
+                self.errors.append(" ".join(message.split()))
+
+    return Logger()
+
+
+def device_of_engines(
+    root: Path, manifest: Manifest, runtime: str, device: str | torch.device
+) -> torch.device:
+    """Return the GPU that runs the engines of an export.
+
+    Raises ConfigError where there are none, or none for this runtime; without a GPU or the
+    package; and for engines of another version or compute capability.
+    """
+    engines = manifest.engines
+    if engines is None:
+        raise ConfigError(
+            f"{root} holds no engines; make some: {rebuild_command(root, manifest, runtime)}"
+        )
+    if engines["runtime"] != runtime:
+        raise ConfigError(
+            f"backend is {runtime!r}; the engines of {root} are for {engines['runtime']!r}"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{runtime} needs a CUDA GPU, and this machine has none; {CPU_INSTEAD}")
+    found = resolve_device(device)
+    if found.type != "cuda":
+        raise ConfigError(
+            f"device is {str(device)!r}; allowed with backend={runtime!r}: 'auto', 'cuda', 'cuda:N'"
+        )
+    version = import_tensorrt(runtime).__version__
+    if version != engines["version"]:
+        raise ConfigError(
+            f"the engines of {root} were built by {runtime} {engines['version']}, and {version} is"
+            f" installed: pip install {runtime}=={engines['version']}, or rebuild them:"
+            f" {rebuild_command(root, manifest, runtime)}"
+        )
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(found))
+    if capability not in engines["compute_capabilities"]:
+        raise ConfigError(
+            f"the engines of {root} are for compute capability"
+            f" {' or '.join(engines['compute_capabilities'])}, and {found} has {capability};"
+            f" rebuild them: {rebuild_command(root, manifest, runtime, capability)}"
+        )
+    return found
+
+
+def rebuild_command(
+    root: Path, manifest: Manifest, runtime: str, capability: str | None = None
+) -> str:
+    """Return the `tdm-r1-export` command of this export, with engines, into a new directory.
+
+    `capability` replaces those that its engines are for. A LoRA is known by its file's name only.
+    """
+    engines, axes, schedule = manifest.engines or {}, manifest.axes, manifest.schedule
+    words: list[Any] = ["tdm-r1-export", "--model", manifest.model, "--output", f"{root}-rebuilt"]
+    if manifest.lora is not None and (manifest.model, manifest.lora) not in _BUNDLED:
+        words += ["--lora", manifest.lora]
+    words += ["--steps", schedule.num_steps, "--solver", schedule.solver]
+    words += [OPTIONS["batch"], axes["batch"][1]]
+    for name in ("height", "width", "text"):
+        words += [OPTIONS[name], *axes[name]]
+    words += ["--trt", "--runtime", runtime, "--precision", manifest.precision]
+    wanted = engines.get("compute_capabilities", []) if capability is None else [capability]
+    if wanted:
+        words += ["--compute-capability", *wanted]
+    return shlex.join(map(str, words))
+
+
+_BUNDLED = {(name, WEIGHTS_NAME) for name in SHIPPED}  # merged without being asked for
