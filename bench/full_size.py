@@ -57,9 +57,10 @@ class Subject:
         return Engine(self.pipeline, solver=self.schedule.solver, graphs=graphs)
 
     def quantized(self) -> Subject:
-        """The same with every layer of our transformer in fp8."""
+        """The same with every layer of our transformer in fp8 alone."""
         ours = copy.deepcopy(self.pipeline.transformer)
         ours.quantize(list(ours.layers_by_name()))
+        ours.release()
         return replace(self, pipeline=replace(self.pipeline, transformer=ours))
 
     def compiled(self, mode: str) -> Any:

@@ -111,8 +111,8 @@ class Engine:
         `backend="onnx"` opens a directory made by `tdm-r1-export`, and so does "auto" for one;
         `backend="tensorrt-rtx"` is refused with the reason: its engines are built, not run yet.
         `graphs`, `strict_graphs` and `decode_limit` are the constructor's. `precision="fp8"`
-        multiplies e4m3 in the layers that the report `calibration` allows; without one the layers
-        are measured now.
+        multiplies e4m3 in the layers that the report `calibration` allows, or that are measured now
+        without one, and gives back their bfloat16 weights.
         """
         fp8 = wants_fp8(precision, dtype, calibration)
         dtype = "bfloat16" if fp8 else dtype
@@ -289,10 +289,11 @@ class Engine:
         modulation tables are computed anew, and `weights_version` grows by one.
         """
         transformer = self.pipeline.transformer
-        if self._live is None or self._live.transformer is not transformer:
-            self._live = LiveWeights(transformer)
+        live = self._live
+        if live is None or not live.is_of(transformer):
+            live = self._live = LiveWeights(transformer)
         with device_errors("an update of the weights"):
-            update = self._live.update(source)
+            update = live.update(source)
         self._plans.clear()
         self.weights_version += 1
         return update
