@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from bench.count import SD35M, ZIMAGE
@@ -68,6 +69,9 @@ class Subject:
 
         Block by block, as diffusers advises: as one piece, 30 equal blocks are compiled 30 times.
         """
+        # Blocks share their code: without this the ninth kind or shape would run eager, unsaid.
+        torch._dynamo.config.recompile_limit = 256
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         shared = {id(parameter): parameter for parameter in self.transformer.parameters()}
         model = copy.deepcopy(self.transformer, memo=shared)
         for name in ("layers", "noise_refiner", "context_refiner", "transformer_blocks"):
