@@ -42,6 +42,7 @@ COMPILE_SECONDS = 100.0  # what must be left before a compiler is started
 STAGE_SECONDS = 6.0
 ROUNDS = 7  # the fewest of a stage: to see that it works, how long it takes, and five that count
 START_SECONDS = 15.0  # of a process, before its clock runs
+INTERRUPTED = {"skipped": "interrupted"}
 
 
 class Clock:
@@ -305,6 +306,8 @@ def apart(args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> d
         result = found | result | {"rows": rows, "budget_s": args.budget}
         result["seconds"] = round(args.budget - total.left, 1)
         keep(result)
+        if rows[-1:] == [{"model": family} | INTERRUPTED]:
+            break
     return result
 
 
@@ -320,6 +323,8 @@ def _alone(family: str, share: float, options: list[str]) -> dict[str, Any]:
             failure = {"error": f"its process ended with status {code}"} if code else None
         except subprocess.TimeoutExpired:
             failure = {"skipped": f"its process was ended after its {share:.0f} s"}
+        except KeyboardInterrupt:
+            failure = INTERRUPTED
         found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": []}
     if failure is not None:
         found["rows"].append({"model": family} | failure)

@@ -12,7 +12,7 @@ out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 shift
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 end=$(($(date +%s) + ${LIMIT:-570}))
 status=0
 
@@ -22,12 +22,13 @@ left() {
     echo $((seconds > 1 ? seconds : 1))
 }
 
-# within SECONDS COMMAND...: the command, ended after that many seconds or with LIMIT
+# within SECONDS COMMAND...: the command, interrupted after that many seconds or with LIMIT: pytest
+# then still says what failed
 within() {
-    seconds=$(left 5)
+    seconds=$(left 10)
     seconds=$((seconds < $1 ? seconds : $1))
     shift
-    timeout -k 5 "$seconds" "$@"
+    timeout -s INT -k 10 "$seconds" "$@"
 }
 
 "$python" -c 'import diffusers, torch; assert torch.cuda.is_available(), "no CUDA device"' || {

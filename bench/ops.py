@@ -47,11 +47,12 @@ class Case:
 
 
 def cases(device: str, dtype: torch.dtype) -> list[Case]:
-    """The shapes of a tiny model and of one 512-pixel Z-Image; on a GPU also 1024 pixels."""
+    """The shapes of a tiny model and of one 512-pixel Z-Image; on a GPU first those of 1024."""
     rows = [("tiny", 1, 40, 192, 3, 64), ("tiny group", 24, 40, 192, 3, 64)]
     rows += [("Z-Image 512", 1, 1152, 3840, 30, 128)]
     if device == "cuda":
-        rows += [("Z-Image 1024", 1, 4224, 3840, 30, 128), ("SD3.5-M 1024", 1, 4429, 1536, 24, 64)]
+        large = [("Z-Image 1024", 1, 4224, 3840, 30, 128), ("SD3.5-M 1024", 1, 4429, 1536, 24, 64)]
+        rows = large + rows[::-1]
     return [case for row in rows for case in _cases_of(*row, device, dtype)]
 
 

@@ -140,6 +140,19 @@ def test_a_process_that_dies_leaves_what_it_stored(end, last, monkeypatch, tmp_p
     assert found["rows"] == [row, first, row, second] and found["seconds"] < 10
 
 
+def test_an_interrupt_ends_the_run_and_keeps_the_rows(monkeypatch, tmp_path, capsys):
+    row = {"model": "zimage", "size": 512, "batch": 1}
+
+    def run(command, **_):
+        Path(command[-1]).write_text(json.dumps({"rows": [row]}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    assert gpu.main(["--tiny", "--device", "cpu", "--output", str(tmp_path / "gpu.json")]) == 0
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert rows == [row, {"model": "zimage", "skipped": "interrupted"}]
+
+
 PARTS = ("bench.gpu", "bench.ops", "bench.consistency")
 
 
@@ -158,7 +171,7 @@ def test_on_gpu_runs_every_part_within_its_limit(limit, tmp_path):
     script = Path(gpu.__file__).with_name("on_gpu.sh")
     began = time.monotonic()
     done = subprocess.run(["sh", script, out, "--quick"], env=os.environ | settings, check=False)
-    assert done.returncode == 1 and time.monotonic() - began < 10
+    assert done.returncode == 1 and time.monotonic() - began < 30
     assert "no compiler" in (out / "native.log").read_text()
     _, tests, *parts = calls.read_text().splitlines()
     assert "-m pytest -m gpu" in tests and "tests/test_graphs.py" in tests
