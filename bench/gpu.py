@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ class Clock:
         finally:
             if torch.cuda.is_available():
                 gc.collect()
-                torch.cuda.empty_cache()
+                with suppress(RuntimeError):  # of a lost device, which the cells speak of
+                    torch.cuda.empty_cache()
 
     def times(self, variants: dict[str, Callable[[], Any]]) -> dict[str, Any]:
         """Time variants in turn, as often as the time left allows; each is tried alone first."""
@@ -178,6 +180,15 @@ class Row:
         peers = {name: partial(peer, model) for name, model in self.models.items()}
         return peers | {name: partial(ours, engine) for name, engine in self.engines.items()}
 
+    def unrecorded(self) -> dict[str, int]:
+        """How many graphs of each engine could not be had: what they would hold was timed eager."""
+        pools = {name: engine.graphs for name, engine in self.engines.items()}
+        return {
+            name: sum(graph is None for graph in pool.graphs.values())
+            for name, pool in pools.items()
+            if pool is not None
+        }
+
     def measure(
         self, clock: Clock, floor: dict[str, float], row: dict[str, Any], keep: Callable[[], None]
     ) -> None:
@@ -194,6 +205,7 @@ class Row:
             stages = {"text": self.encode, "vae": self.decode} | stages
         for stage, calls in stages.items():
             row[f"{stage}_ms"] = clock.times(calls())
+            row["unrecorded"] = self.unrecorded()
             keep()
         row["activations_gb"] = {
             name: clock.cell(partial(_activations, call)) for name, call in self.draw().items()

@@ -32,6 +32,7 @@ def test_gpu_runs_on_small_models(capsys, tmp_path):
         }  # fmt: skip
         for stage in ("text_ms", "transformer_ms", "vae_ms", "whole_ms"):
             assert all(times["p50"] > 0 for times in row[stage].values()), row[stage]
+        assert row["unrecorded"] == {"ours graph": 0, "ours fp8 graph": 0}
         assert row["floor_ms"]["bf16"] > 0 and set(row["% of floor"]) >= {"diffusers", "ours graph"}
 
 
@@ -81,7 +82,7 @@ def test_floors_count_the_arithmetic(family, size, teraflops):
     assert 0.99 < found / teraflops <= 1
 
 
-def test_cells_that_fail_lose_nothing():
+def test_cells_that_fail_lose_nothing(monkeypatch):
     def fails():
         raise RuntimeError("no\nmore")
 
@@ -90,6 +91,9 @@ def test_cells_that_fail_lose_nothing():
     assert times["fails"] == {"error": "RuntimeError: no"} and times["works"].p50 >= 1.0
     slow = gpu.Clock(0.1).times({"slow": lambda: time.sleep(0.05)})
     assert "skipped" in slow["slow"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fails)  # as on a device that is lost
+    assert clock.cell(fails) == {"error": "RuntimeError: no"}
     assert gpu.Clock(-1.0).cell(fails) == {"skipped": "the budget is spent"}
 
 

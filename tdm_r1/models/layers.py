@@ -241,7 +241,7 @@ class Transformer(Packable):
         """Let these layers of a frozen transformer, and no others, multiply e4m3.
 
         Raises ConfigError for an unknown layer, one that cannot, another dtype than bfloat16, or a
-        device without e4m3; the transformer is left in its own dtype then.
+        device without e4m3, with the transformer left in its own dtype; and after `release`.
         """
         if not self.frozen:
             raise ConfigError("only a frozen transformer runs in fp8: call freeze() first")
