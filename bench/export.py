@@ -20,9 +20,10 @@ import torch
 from tdm_kernels import native
 
 from bench.timing import Times, environment, interleaved, report
-from tdm_r1.engine import Engine, to_output
+from tdm_r1.engine import Engine
 from tdm_r1.export.parity import TOLERANCE
 from tdm_r1.exported.manifest import read_manifest
+from tdm_r1.trajectory import to_output
 
 PROMPT = "two red circles"
 

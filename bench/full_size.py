@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from bench.count import SD35M, ZIMAGE
@@ -57,9 +58,10 @@ class Subject:
         return Engine(self.pipeline, solver=self.schedule.solver, graphs=graphs)
 
     def quantized(self) -> Subject:
-        """The same with every layer of our transformer in fp8."""
+        """The same with every layer of our transformer in fp8 alone."""
         ours = copy.deepcopy(self.pipeline.transformer)
         ours.quantize(list(ours.layers_by_name()))
+        ours.release()
         return replace(self, pipeline=replace(self.pipeline, transformer=ours))
 
     def compiled(self, mode: str) -> Any:
@@ -67,6 +69,9 @@ class Subject:
 
         Block by block, as diffusers advises: as one piece, 30 equal blocks are compiled 30 times.
         """
+        # Blocks share their code: without this the ninth kind or shape would run eager, unsaid.
+        torch._dynamo.config.recompile_limit = 256
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         shared = {id(parameter): parameter for parameter in self.transformer.parameters()}
         model = copy.deepcopy(self.transformer, memo=shared)
         for name in ("layers", "noise_refiner", "context_refiner", "transformer_blocks"):

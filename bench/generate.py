@@ -19,8 +19,9 @@ import torch
 from tdm_kernels import native
 
 from bench.timing import environment, interleaved, report
-from tdm_r1.engine import Engine, to_output
+from tdm_r1.engine import Engine
 from tdm_r1.models.lora_files import WEIGHTS_NAME
+from tdm_r1.trajectory import to_output
 
 PROMPT = "two red circles"
 PEERS = {"sd3": "StableDiffusion3Pipeline", "zimage": "ZImagePipeline"}

@@ -3,23 +3,30 @@
     python -m bench.gpu [--quick] [--output FILE] [--budget SECONDS] [--compile-mode MODE]
 
 Random weights, no network. After the roofs (products in bf16 and e4m3, a copy) come both models at
-512 and 1024 pixels, batch 1, 4 and 24: the four steps of the transformer by diffusers, diffusers
-compiled, ours eager, on graphs and on graphs in fp8, timed in turn; text and VAE alone; and all
-from a new prompt to pixels on the host. `% of floor` divides the time that the products and
-attention of the four steps need at the measured roofs by the time they took. A cell that fails, or
-that the budget has no time for, says why in its place. `--tiny` runs all of it on small models,
-on any machine: it tests this program and measures nothing.
+512 and 1024 pixels, batch 1, 4 and 24: the four steps of the transformer by diffusers, ours eager,
+on graphs and on graphs in fp8, timed in turn; text and VAE alone; and all from a new prompt to
+pixels on the host. A second row of a size, if there is time for a compiler, times the steps and the
+whole once more, diffusers compiled among them. `% of floor` divides the time that the products and
+attention of the four steps need at the measured roofs by the time they took.
+
+A cell that fails, or that the budget has no time for, says why in its place; FILE is rewritten
+after every stage. Each model has a process of its own, which ends with its share of the budget: an
+illegal access, or a compiler that never returns, costs the other nothing. `--tiny` runs all of it
+on small models, on any machine: it tests this program and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +34,16 @@ from typing import Any
 import torch
 
 from bench.full_size import FAMILIES, Subject, make
-from bench.timing import Times, environment, interleaved, report
+from bench.timing import Times, environment, interleaved, report, store
 from tdm_r1.engine import Engine
 from tdm_r1.graphs import FakeGraphs
 from tdm_r1.trajectory import finish, hand_over
 
 COMPILE_SECONDS = 100.0  # what must be left before a compiler is started
-STAGE_SECONDS = 15.0
+STAGE_SECONDS = 6.0
+ROUNDS = 7  # the fewest of a stage: to see that it works, how long it takes, and five that count
+START_SECONDS = 15.0  # of a process, before its clock runs
+INTERRUPTED = {"skipped": "interrupted"}
 
 
 class Clock:
@@ -60,7 +70,8 @@ class Clock:
         finally:
             if torch.cuda.is_available():
                 gc.collect()
-                torch.cuda.empty_cache()
+                with suppress(RuntimeError):  # of a lost device, which the cells speak of
+                    torch.cuda.empty_cache()
 
     def times(self, variants: dict[str, Callable[[], Any]]) -> dict[str, Any]:
         """Time variants in turn, as often as the time left allows; each is tried alone first."""
@@ -76,11 +87,11 @@ class Clock:
             call()
             _wait()
         a_round = time.monotonic() - start
-        if 6 * a_round > self.left / 2:
+        if (ROUNDS - 2) * a_round > self.left:
             reason = f"a round takes {a_round:.1f} s, and {self.left:.0f} s are left"
             return found | {name: {"skipped": reason} for name in works}
         repeats = max(5, min(30, int(self.stage / max(a_round, 1e-6))))
-        return found | interleaved(works, repeats=repeats, warmup=1)
+        return found | interleaved(works, repeats=repeats, warmup=0)
 
 
 def _try(call: Callable[[], Any]) -> None:
@@ -103,7 +114,7 @@ def roofs(device: torch.device, tiny: bool) -> dict[str, float]:
     calls: dict[str, Callable[[], Any]] = {"bf16": lambda: a @ a, "fp8": product_fp8}
     try:
         product_fp8()
-    except RuntimeError:
+    except Exception:  # the others are roofs without it
         del calls["fp8"]
     times = interleaved(calls | {"copy": lambda: target.copy_(source)}, repeats=20)
     found = {f"flops_per_s_{name}": 2 * side**3 / times[name].p50 * 1e3 for name in calls}
@@ -169,27 +180,38 @@ class Row:
         peers = {name: partial(peer, model) for name, model in self.models.items()}
         return peers | {name: partial(ours, engine) for name, engine in self.engines.items()}
 
-    def measure(self, clock: Clock, roof: dict[str, float]) -> dict[str, Any]:
-        """Time every stage; floors and memory beside."""
-        result: dict[str, Any] = {
-            "model": self.subject.family, "size": self.size, "batch": self.batch,
-            "text_ms": clock.times(self.encode()),
-            "transformer_ms": clock.times(self.sample()),
-            "vae_ms": clock.times(self.decode()),
-            "whole_ms": clock.times(self.draw()),
-        }  # fmt: skip
-        result["floor_ms"] = floor = floors(self.subject, self.size, self.batch, roof)
-        result["% of floor"] = {
+    def unrecorded(self) -> dict[str, int]:
+        """How many graphs of each engine could not be had: what they would hold was timed eager."""
+        pools = {name: engine.graphs for name, engine in self.engines.items()}
+        return {
+            name: sum(graph is None for graph in pool.graphs.values())
+            for name, pool in pools.items()
+            if pool is not None
+        }
+
+    def measure(
+        self, clock: Clock, floor: dict[str, float], row: dict[str, Any], keep: Callable[[], None]
+    ) -> None:
+        """Time every stage into `row`, handing over after each; memory beside."""
+        row["transformer_ms"] = clock.times(self.sample())
+        row["% of floor"] = {
             name: round(100 * floor[kind] / times.p50, 1)
-            for name, times in result["transformer_ms"].items()
+            for name, times in row["transformer_ms"].items()
             if isinstance(times, Times) and (kind := "fp8" if "fp8" in name else "bf16") in floor
         }
-        result["activations_gb"] = {
+        keep()
+        stages: dict[str, Callable[[], dict]] = {"whole": self.draw}
+        if "diffusers compiled" not in self.models:
+            stages = {"text": self.encode, "vae": self.decode} | stages
+        for stage, calls in stages.items():
+            row[f"{stage}_ms"] = clock.times(calls())
+            row["unrecorded"] = self.unrecorded()
+            keep()
+        row["activations_gb"] = {
             name: clock.cell(partial(_activations, call)) for name, call in self.draw().items()
         }
         if torch.cuda.is_available():
-            result["reserved_gb"] = round(torch.cuda.memory_reserved() / 1e9, 2)
-        return result
+            row["reserved_gb"] = round(torch.cuda.memory_reserved() / 1e9, 2)
 
 
 def floors(subject: Subject, size: int, batch: int, roof: dict[str, float]) -> dict[str, float]:
@@ -228,50 +250,97 @@ def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def measure(args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Measure everything the budget allows, handing over the result so far after every row."""
-    total, device = Clock(args.budget), torch.device(args.device)
+    """Measure one model as far as the budget goes, handing over the result so far at every step."""
+    device = torch.device(args.device)
+    clock = Clock(args.budget, 0.0 if args.tiny else STAGE_SECONDS)
+    (family,) = args.models
     result: dict[str, Any] = {"bench": "gpu", "tiny": args.tiny, "dtype": "bfloat16"}
     result |= environment() | {"budget_s": args.budget, "compile_mode": args.compile_mode}
-    roof = total.cell(lambda: roofs(device, args.tiny))
-    result |= {"roof": roof, "rows": []}
-    for index, family in enumerate(args.models):
-        share = total.left / (len(args.models) - index)
-        clock = Clock(share, 0.0 if args.tiny else STAGE_SECONDS)
-        start = clock.left
-        subject = clock.cell(partial(make, family, device, torch.bfloat16, tiny=args.tiny))
-        if not isinstance(subject, Subject):
-            result["rows"].append({"model": family} | subject)
+    result |= {"roof": clock.cell(lambda: roofs(device, args.tiny)), "rows": []}
+    keep(result)
+    start = clock.left
+    subject = clock.cell(partial(make, family, device, torch.bfloat16, tiny=args.tiny))
+    if not isinstance(subject, Subject):
+        result["rows"].append({"model": family} | subject)
+        return result
+    compiled: Any = None
+    if args.compile_mode != "none":
+        compiled = clock.cell(partial(subject.compiled, args.compile_mode))
+    fp8 = clock.cell(subject.quantized)
+    weights = subject.pipeline.transformer.state_dict().values()
+    result[f"{family} setup"] = {
+        "seconds": round(start - clock.left, 1),
+        "transformer_gb": round(sum(x.numel() * x.element_size() for x in weights) / 1e9, 3),
+        **{n: x for n, x in (("compiled", compiled), ("fp8", fp8)) if isinstance(x, dict)},
+    }
+    keep(result)
+    # A compiler may take all the time that is left: whatever it competes with comes first.
+    peers = (None,) if compiled is None or isinstance(compiled, dict) else (None, compiled)
+    fp8 = fp8 if isinstance(fp8, Subject) else None
+    for (size, batch), peer in itertools.product(shapes(args), peers):
+        if peer is not None and clock.left < COMPILE_SECONDS:
             continue
-        compiled = fp8 = None
-        if args.compile_mode != "none":
-            compiled = clock.cell(partial(subject.compiled, args.compile_mode))
-        fp8 = clock.cell(subject.quantized)
-        weights = subject.pipeline.transformer.state_dict().values()
-        result[f"{family} setup"] = {
-            "seconds": round(start - clock.left, 1),
-            "transformer_gb": round(sum(x.numel() * x.element_size() for x in weights) / 1e9, 3),
-        }
-        for name, part in (("compiled", compiled), ("fp8", fp8)):
-            if isinstance(part, dict):
-                result[f"{family} setup"][name] = part
-        fp8 = fp8 if isinstance(fp8, Subject) else None
-        for size, batch in shapes(args):
-            late = isinstance(compiled, dict) or clock.left < COMPILE_SECONDS
-            peer = None if late else compiled
-            found = clock.cell(partial(_row, subject, peer, fp8, size, batch, clock, roof))
-            head = {"model": family, "size": size, "batch": batch}
-            result["rows"].append(head | found)
-            keep(result)
-            _say(result["rows"][-1])
-        del subject, compiled, fp8, found
-    return result | {"seconds": round(args.budget - total.left, 1)}
+        row: dict[str, Any] = {"model": family, "size": size, "batch": batch}
+        result["rows"].append(row)
+        say = partial(keep, result)
+        row |= clock.cell(partial(_row, subject, peer, fp8, clock, result["roof"], row, say)) or {}
+        keep(result)
+        _say(row)
+    return result | {"seconds": round(args.budget - clock.left, 1)}
 
 
 def _row(
-    subject: Subject, compiled: Any, fp8: Subject | None, size: int, batch: int,
-    clock: Clock, roof: dict[str, float],
-) -> dict[str, Any]:  # fmt: skip
-    return Row(subject, compiled, fp8, size, batch).measure(clock, roof)
+    subject: Subject, compiled: Any, fp8: Subject | None, clock: Clock, roof: dict[str, float],
+    row: dict[str, Any], keep: Callable[[], None],
+) -> dict[str, Any] | None:  # fmt: skip
+    """Fill a row; or say why not, where the four steps alone would take the time that is left."""
+    floor = row["floor_ms"] = floors(subject, row["size"], row["batch"], roof)
+    made = Row(subject, compiled, fp8, row["size"], row["batch"])
+    least = ROUNDS * sum(
+        floor.get("fp8" if "fp8" in name else "bf16", 0.0) / 1e3 for name in made.sample()
+    )
+    if least > clock.left:
+        return {"skipped": f"it takes {least:.0f} s at the roofs, and {clock.left:.0f} s are left"}
+    made.measure(clock, floor, row, keep)
+    return None
+
+
+def apart(args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measure several models, each by this program in a process of its own."""
+    total = Clock(args.budget)
+    result: dict[str, Any] = {"rows": []}
+    options = ["--tiny"] * args.tiny + ["--quick"] * args.quick + ["--device", args.device]
+    options += ["--compile-mode", args.compile_mode]
+    for index, family in enumerate(args.models):
+        share = total.left / (len(args.models) - index)
+        found = _alone(family, share, options)
+        rows = result["rows"] + found.pop("rows", [])
+        result = found | result | {"rows": rows, "budget_s": args.budget}
+        result["seconds"] = round(args.budget - total.left, 1)
+        keep(result)
+        if rows[-1:] == [{"model": family} | INTERRUPTED]:
+            break
+    return result
+
+
+def _alone(family: str, share: float, options: list[str]) -> dict[str, Any]:
+    """One model's result, or as much of it as there was when its process ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "part.json"
+        budget = max(1.0, share - START_SECONDS)
+        command = [sys.executable, "-m", "bench.gpu", "--models", family, *options]
+        command += ["--budget", str(budget), "--output", str(file)]
+        try:
+            code = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=share).returncode
+            failure = {"error": f"its process ended with status {code}"} if code else None
+        except subprocess.TimeoutExpired:
+            failure = {"skipped": f"its process was ended after its {share:.0f} s"}
+        except KeyboardInterrupt:
+            failure = INTERRUPTED
+        found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": []}
+    if failure is not None:
+        found["rows"].append({"model": family} | failure)
+    return found
 
 
 def _say(row: dict[str, Any]) -> None:
@@ -303,13 +372,9 @@ def main(argv: list[str] | None = None) -> int:
         args.compile_mode = "none"
     args.budget = args.budget or (110.0 if args.quick else 450.0)
 
-    def keep(result: dict[str, Any]) -> None:
-        if args.output is not None:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(result, default=asdict) + "\n")
-
+    keep = partial(store, path=args.output)
     with torch.no_grad():
-        result = measure(args, keep)
+        result = measure(args, keep) if len(args.models) == 1 else apart(args, keep)
     report(result, args.output)
     return 0
 

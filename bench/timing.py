@@ -65,11 +65,17 @@ def environment() -> dict[str, object]:
 
 def report(result: dict, path: Path | None) -> None:
     """Print `result` as the last line of stdout, one JSON object, and store it at `path`."""
-    line = json.dumps(result, default=asdict)
+    store(result, path)
+    print(json.dumps(result, default=asdict))
+
+
+def store(result: dict, path: Path | None) -> None:
+    """Replace the file at `path`, if any, as a whole: whoever is ended next leaves this one."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(line + "\n")
-    print(line)
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(json.dumps(result, default=asdict) + "\n")
+        part.replace(path)
 
 
 def _milliseconds(call: Callable[[], object], times: int) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tdm_r1.errors import ConfigError, closest
 from tdm_r1.pipeline import Pipeline
+from tdm_r1.vae import TILE_UNIT
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -48,6 +49,15 @@ def picture_size(
         if not isinstance(value, int) or value <= 0 or value % unit:
             raise ConfigError(f"{name} is {value!r}; allowed: a positive multiple of {unit}")
     return height, width
+
+
+def check_decode_limit(pipeline: Pipeline, limit: int) -> None:
+    """Raise ConfigError for a `decode_limit` that does not hold one tile."""
+    least = (TILE_UNIT * pipeline.vae.scale_factor) ** 2
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < least:
+        raise ConfigError(
+            f"decode_limit is {limit!r}; allowed: a whole number of pixels from {least}"
+        )
 
 
 def picture_seeds(seed: int | None, count: int) -> list[int]:

@@ -131,7 +131,7 @@ def wants_fp8(precision: str, dtype: Any, calibration: str | Path | None) -> boo
 
 
 def apply_fp8(pipeline: Pipeline, schedule: flow.Schedule, calibration: str | Path | None) -> None:
-    """Quantise the layers that a report allows, or that are measured now.
+    """Quantise the layers that a report allows, or that are measured now; release their weights.
 
     Raises ConfigError for a pipeline without layers of PyTorch weights or a report on others.
     """
@@ -140,11 +140,12 @@ def apply_fp8(pipeline: Pipeline, schedule: flow.Schedule, calibration: str | Pa
         raise ConfigError("precision is 'fp8'; allowed for an export: 'auto'")
     if calibration is None:
         calibrate(pipeline, schedule)
-        return
-    found = read_calibration(calibration)
-    if {row.name for row in found.layers} != set(model.layers_by_name()):
-        raise ConfigError(f"{calibration} reports on the layers of another model")
-    model.quantize(found.quantized)
+    else:
+        found = read_calibration(calibration)
+        if {row.name for row in found.layers} != set(model.layers_by_name()):
+            raise ConfigError(f"{calibration} reports on the layers of another model")
+        model.quantize(found.quantized)
+    model.release()
 
 
 class _Runs:

@@ -25,7 +25,7 @@ from tdm_r1.models.layers import Transformer
 from tdm_r1.models.live import LiveWeights, Update
 from tdm_r1.pipeline import Pipeline, load_pipeline
 from tdm_r1.trajectory import (
-    DECODED_PIXELS,
+    DECODE_LIMIT,
     Plan,
     Sampler,
     Trajectory,
@@ -35,7 +35,6 @@ from tdm_r1.trajectory import (
     example_conditions,
     finish,
     hand_over,
-    to_pixels,
 )
 
 SOLVERS = ("auto", *flow.SOLVERS)
@@ -54,14 +53,17 @@ class Engine:
         solver: str = "auto",
         graphs: str | Backend = "auto",
         strict_graphs: bool = False,
+        decode_limit: int = DECODE_LIMIT,
     ) -> None:
         """`solver="auto"` follows the model's stored scheduler.
 
         `graphs="auto"` records trajectories, decoding included, as CUDA graphs on a CUDA device;
         "off" records none; a backend of graphs.py records with that. `strict_graphs` refuses every
-        shape that `warmup` has not seen. Raises ConfigError for an unknown solver or `graphs`,
-        `steps` that `flow.schedule` refuses, a schedule other than the one that a pipeline is tied
-        to, or strictness without graphs.
+        shape that `warmup` has not seen. `decode_limit` bounds the memory of decoding, in pixels
+        that the VAE makes at a time: batches are split, and a picture above it is decoded in tiles.
+        Raises ConfigError for an unknown solver or `graphs`, `steps` that `flow.schedule` refuses,
+        a schedule other than the one that a pipeline is tied to, strictness without graphs, or a
+        limit below the smallest tile.
         """
         if solver not in SOLVERS:
             raise ConfigError(
@@ -76,7 +78,8 @@ class Engine:
                 f"steps is {steps} and solver is {name!r}; this export was made for"
                 f" {only.num_steps} steps of {only.solver!r}"
             )
-        self.decoded_pixels = DECODED_PIXELS  # a graph keeps what it was recorded with
+        arguments.check_decode_limit(pipeline, decode_limit)
+        self.decode_limit = decode_limit  # a graph keeps what it was recorded with
         self.last_seed: int | None = None
         self.graphs = graph_pool(pipeline.device, graphs, strict_graphs)
         self.weights_version = 0
@@ -98,6 +101,7 @@ class Engine:
         backend: str = "auto",
         graphs: str | Backend = "auto",
         strict_graphs: bool = False,
+        decode_limit: int = DECODE_LIMIT,
         precision: str = "auto",
         calibration: str | Path | None = None,
     ) -> Engine:
@@ -105,19 +109,18 @@ class Engine:
 
         `backend="onnx"` opens a directory made by `tdm-r1-export`, and so does "auto" for one;
         "tensorrt-rtx" and "tensorrt" run the engines in it, on a GPU.
-        `graphs` and `strict_graphs` are those of the constructor. `precision="fp8"` multiplies e4m3
-        in the layers that the report `calibration` allows; without one the layers are measured now.
+        `graphs`, `strict_graphs` and `decode_limit` are the constructor's. `precision="fp8"`
+        multiplies e4m3 in the layers that the report `calibration` allows, or that are measured now
+        without one, and gives back their bfloat16 weights.
         """
         fp8 = wants_fp8(precision, dtype, calibration)
-        settings: dict[str, Any] = {"lora": lora, "device": device}
-        settings["dtype"] = "bfloat16" if fp8 else dtype
+        dtype = "bfloat16" if fp8 else dtype
         if backend == "auto" and is_export(name_or_dir):
             backend = "onnx"
-        if backend in BACKENDS:
-            pipeline = load_exported(name_or_dir, backend=backend, **settings)
-        else:
-            pipeline = load_pipeline(name_or_dir, backend=backend, **settings)
-        made = cls(pipeline, steps=steps, solver=solver, graphs=graphs, strict_graphs=strict_graphs)
+        load: Any = load_exported if backend in BACKENDS else load_pipeline
+        pipeline = load(name_or_dir, lora=lora, device=device, dtype=dtype, backend=backend)
+        recording: dict[str, Any] = {"graphs": graphs, "strict_graphs": strict_graphs}
+        made = cls(pipeline, steps=steps, solver=solver, decode_limit=decode_limit, **recording)
         if fp8:
             apply_fp8(pipeline, made.schedule, calibration)
         return made
@@ -239,7 +242,7 @@ class Engine:
     def decode(self, latents_BChw: Tensor) -> Tensor:
         """Return images_B3HW, fp32 in [0, 1], for normalised latents."""
         with device_errors(f"decoding {list(latents_BChw.shape)}"):
-            return decode(self.pipeline.vae, latents_BChw, self.decoded_pixels)
+            return decode(self.pipeline.vae, latents_BChw, self.decode_limit)
 
     def warmup(
         self,
@@ -285,10 +288,11 @@ class Engine:
         modulation tables are computed anew, and `weights_version` grows by one.
         """
         transformer = self.pipeline.transformer
-        if self._live is None or self._live.transformer is not transformer:
-            self._live = LiveWeights(transformer)
+        live = self._live
+        if live is None or not live.is_of(transformer):
+            live = self._live = LiveWeights(transformer)
         with device_errors("an update of the weights"):
-            update = self._live.update(source)
+            update = live.update(source)
         self._plans.clear()
         self.weights_version += 1
         return update
@@ -366,7 +370,7 @@ class Engine:
 
         def whole(*inputs: Any) -> tuple[Tensor, Tensor]:
             *_, x_K = sampler.states(*inputs)
-            return finish(vae, x_K, output_type, self.decoded_pixels)
+            return finish(vae, x_K, output_type, self.decode_limit)
 
         modulation = plan.modulation_KMB1D
         if callback is None:
@@ -379,7 +383,7 @@ class Engine:
                 plan, name, step, x_BChw, x0_BChw, plan.context, modulation[k]
             )
             callback(k, t, x_BChw)
-        last = partial(finish, vae, output_type=output_type, pixels=self.decoded_pixels)
+        last = partial(finish, vae, output_type=output_type, limit=self.decode_limit)
         if output_type == "latent":
             return last(x_BChw)
         return self._replayed(plan, ("decode", output_type), last, x_BChw)
@@ -391,8 +395,3 @@ class Engine:
         if self.graphs is None or not fixed or torch.is_autocast_enabled(kind):
             return call(*inputs)
         return self.graphs.run(name, call, *inputs)
-
-
-def to_output(images_B3HW: Tensor, output_type: str):
-    """Images_B3HW in [0, 1] as "pt" (unchanged), "np" fp32 [B,H,W,3] or "pil" (a list)."""
-    return hand_over(to_pixels(images_B3HW) if output_type == "pil" else images_B3HW, output_type)

@@ -20,9 +20,9 @@ from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.layers import Transformer
 from tdm_r1.models.zimage_layout import PAD_MULTIPLE
 from tdm_r1.pipeline import Pipeline
-from tdm_r1.vae import VAE
+from tdm_r1.vae import VAE, tile_side
 
-DECODED_PIXELS = 24 * 512 * 512  # per VAE forward: bounds the activations of a large batch
+DECODE_LIMIT = 24 * 512 * 512  # pixels per VAE forward: bounds the memory of its activations
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,22 @@ def consistent_states(
         yield x_BChw
 
 
-def decode(vae: VAE, latents_BChw: Tensor, pixels: int = DECODED_PIXELS) -> Tensor:
-    """Return images_B3HW, fp32 in [0, 1], for normalised latents, at most `pixels` at a time."""
+def decode(vae: VAE, latents_BChw: Tensor, limit: int = DECODE_LIMIT) -> Tensor:
+    """Return images_B3HW, fp32 in [0, 1], for normalised latents, `limit` pixels at a time.
+
+    A picture of more is decoded in the largest square tiles within the limit.
+    """
     each = latents_BChw.shape[-2] * latents_BChw.shape[-1] * vae.scale_factor**2
-    parts = latents_BChw.split(max(1, pixels // each))
-    images = [vae.decode(part) for part in parts]
+    parts = latents_BChw.split(max(1, limit // each))
+    if each <= limit:
+        images = [vae.decode(part) for part in parts]
+    else:
+        images = [vae.decode_tiled(part, tile_side(vae, limit)) for part in parts]
     return images[0] if len(images) == 1 else torch.cat(images)
 
 
 def finish(
-    vae: VAE, latents_BChw: Tensor, output_type: str, pixels: int = DECODED_PIXELS
+    vae: VAE, latents_BChw: Tensor, output_type: str, limit: int = DECODE_LIMIT
 ) -> tuple[Tensor, Tensor]:
     """Return what `output_type` asks for, and which rows of it mean something.
 
@@ -121,7 +127,7 @@ def finish(
     finite_B = torch.isfinite(latents_BChw).flatten(1).all(1)
     if output_type == "latent":
         return latents_BChw, torch.stack([finite_B, finite_B])
-    images_B3HW = decode(vae, latents_BChw, pixels)
+    images_B3HW = decode(vae, latents_BChw, limit)
     finite_2B = torch.stack([finite_B, torch.isfinite(images_B3HW).flatten(1).all(1)])
     if output_type == "pil":
         return to_pixels(images_B3HW), finite_2B
@@ -141,6 +147,11 @@ def hand_over(out: Tensor, output_type: str) -> Any:
         return out.permute(0, 2, 3, 1).cpu().numpy()
     # A copy made outside of inference mode is an ordinary tensor, which the caller may change.
     return out.clone() if out.is_inference() else out
+
+
+def to_output(images_B3HW: Tensor, output_type: str) -> Any:
+    """Images_B3HW in [0, 1] as "pt" (unchanged), "np" fp32 [B,H,W,3] or "pil" (a list)."""
+    return hand_over(to_pixels(images_B3HW) if output_type == "pil" else images_B3HW, output_type)
 
 
 def check_finite(

@@ -5,6 +5,7 @@ Shapes: B images, C latent channels, h w latent size, H W pixels, O channels of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from tdm_r1.errors import LoadError
 
 _MAX_RECORDED = 2**13  # numbers in the latents: 8 images of 64 pixels a side
+TILE_UNIT = 4  # latents: a quarter of a tile's side, its overlap with the next, is whole
 
 
 class VAE:
@@ -52,9 +54,39 @@ class VAE:
 
     def decode(self, latents_BChw: Tensor) -> Tensor:
         """Return images_B3HW fp32 in [0, 1]: D(latents_BChw / scaling + shift)."""
+        return self.unclamped(latents_BChw).clamp_(0.0, 1.0)
+
+    def decode_tiled(self, latents_BChw: Tensor, side: int) -> Tensor:
+        """Decode in tiles of `side` x `side` latents, `TILE_UNIT` of them or a multiple.
+
+        A quarter of a tile lies over the next one, to the right or below, and there the pictures
+        pass linearly from one to the other: for less memory, what is far apart in the picture no
+        longer sees each other (attention, GroupNorm). Source: diffusers' `tiled_decode`.
+        """
+        assert side > 0 and side % TILE_UNIT == 0, f"{side} latents are no tile"
+        overlap = side // 4
+        kept, blended = (side - overlap) * self.scale_factor, overlap * self.scale_factor
+        rows: list[Tensor] = []
+        above: list[Tensor] = []
+        for top in range(0, latents_BChw.shape[2], side - overlap):
+            tiles: list[Tensor] = []
+            for left in range(0, latents_BChw.shape[3], side - overlap):
+                part = latents_BChw[:, :, top : top + side, left : left + side]
+                tile = self.unclamped(part)
+                if above:
+                    blend(above[len(tiles)], tile, blended, dim=2)
+                if tiles:
+                    blend(tiles[-1], tile, blended, dim=3)
+                tiles.append(tile)
+            rows.append(torch.cat([tile[:, :, :kept, :kept] for tile in tiles], dim=3))
+            above = tiles
+        return torch.cat(rows, dim=2).clamp_(0.0, 1.0)
+
+    def unclamped(self, latents_BChw: Tensor) -> Tensor:
+        """Return images_B3HW fp32 of the caller's own, about 0 to 1."""
         z_BhwC = (latents_BChw / self.scaling + self.shift).to(self.dtype).movedim(1, -1)
         images_BHW3 = self.decoder(z_BhwC.contiguous())
-        return (images_BHW3.movedim(-1, 1).float() * 0.5 + 0.5).clamp_(0.0, 1.0)
+        return images_BHW3.movedim(-1, 1).float() * 0.5 + 0.5
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Return normalised latents_BChw fp32 (the posterior's mean) for images_B3HW in [0, 1]."""
@@ -63,6 +95,22 @@ class VAE:
             x_B3HW.contiguous(memory_format=torch.channels_last)
         ).latent_dist.mode()
         return (mean_BChw.float() - self.shift) * self.scaling
+
+
+def tile_side(vae: VAE, limit: int) -> int:
+    """Return how many latents a side the largest tile of at most `limit` pixels has."""
+    return max(1, math.isqrt(limit) // vae.scale_factor // TILE_UNIT) * TILE_UNIT
+
+
+def blend(before: Tensor, after: Tensor, extent: int, *, dim: int) -> None:
+    """Let the first `extent` of `after` along `dim` begin as the last of `before`, in place."""
+    extent = min(extent, before.shape[dim], after.shape[dim])
+    shape = [1, 1, 1, 1]
+    shape[dim] = extent
+    weight = (torch.arange(extent, device=after.device) / extent).view(shape)
+    first = after.narrow(dim, 0, extent)
+    last = before.narrow(dim, before.shape[dim] - extent, extent)
+    first.copy_(torch.lerp(last, first, weight))
 
 
 class Decoder:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import full_size, gpu
+from bench import full_size, gpu, ops
 from tdm_r1 import flow
 from tdm_r1.trajectory import finish
 
@@ -28,7 +32,21 @@ def test_gpu_runs_on_small_models(capsys, tmp_path):
         }  # fmt: skip
         for stage in ("text_ms", "transformer_ms", "vae_ms", "whole_ms"):
             assert all(times["p50"] > 0 for times in row[stage].values()), row[stage]
+        assert row["unrecorded"] == {"ours graph": 0, "ours fp8 graph": 0}
         assert row["floor_ms"]["bf16"] > 0 and set(row["% of floor"]) >= {"diffusers", "ours graph"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a compiler")
+def test_gpu_times_the_compiled_peer_after_the_others(capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "COMPILE_SECONDS", 1.0)
+    options = ["--tiny", "--device", "cpu", "--models", "sd35m", "--compile-mode", "default"]
+    assert gpu.main(options) == 0
+    first, second = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert "text_ms" in first and "text_ms" not in second
+    for stage in ("transformer_ms", "whole_ms"):
+        assert set(second[stage]) - set(first[stage]) == {"diffusers compiled"}
+        assert all(times["p50"] > 0 for times in second[stage].values())
 
 
 @pytest.mark.parametrize("family", full_size.FAMILIES)
@@ -64,7 +82,7 @@ def test_floors_count_the_arithmetic(family, size, teraflops):
     assert 0.99 < found / teraflops <= 1
 
 
-def test_cells_that_fail_lose_nothing():
+def test_cells_that_fail_lose_nothing(monkeypatch):
     def fails():
         raise RuntimeError("no\nmore")
 
@@ -73,7 +91,109 @@ def test_cells_that_fail_lose_nothing():
     assert times["fails"] == {"error": "RuntimeError: no"} and times["works"].p50 >= 1.0
     slow = gpu.Clock(0.1).times({"slow": lambda: time.sleep(0.05)})
     assert "skipped" in slow["slow"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fails)  # as on a device that is lost
+    assert clock.cell(fails) == {"error": "RuntimeError: no"}
     assert gpu.Clock(-1.0).cell(fails) == {"skipped": "the budget is spent"}
+
+
+def test_rows_that_cannot_end_in_time_are_not_begun(monkeypatch):
+    class Row:
+        def __init__(self, *_):
+            pass
+
+        def sample(self):
+            return {"diffusers": None, "ours fp8 graph": None}
+
+        def measure(self, *_):
+            row["measured"] = True
+
+    monkeypatch.setattr(gpu, "Row", Row)
+    subject = SimpleNamespace(flops=lambda size, batch: {"products": 4e12, "attention": 1e12})
+    roof = {"flops_per_s_bf16": 1e12, "flops_per_s_fp8": 2e12}  # 5 s and 3 s, seven times
+    row = {"model": "sd35m", "size": 512, "batch": 1}
+    found = gpu._row(subject, None, None, gpu.Clock(50.0), roof, row, lambda: None)
+    assert found == {"skipped": "it takes 56 s at the roofs, and 50 s are left"}
+    assert gpu._row(subject, None, None, gpu.Clock(60.0), roof, row, lambda: None) is None
+    assert row["measured"] and row["floor_ms"] == {"bf16": 5000.0, "fp8": 3000.0}
+
+
+def executable(path, *lines):
+    path.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("end", "last"),
+    [
+        ("exit 3", {"error": "its process ended with status 3"}),
+        ("exec sleep 60", {"skipped": "its process was ended after its 1 s"}),
+    ],
+)
+def test_a_process_that_dies_leaves_what_it_stored(end, last, monkeypatch, tmp_path, capsys):
+    row = {"model": "any", "size": 512, "batch": 1}
+    lines = "for file; do :; done", f"echo '{json.dumps({'bench': 'gpu', 'rows': [row]})}' > $file"
+    monkeypatch.setattr(gpu.sys, "executable", executable(tmp_path / "python", *lines, end))
+    output = tmp_path / "gpu.json"
+    options = ["--tiny", "--device", "cpu", "--budget", "2", "--output", str(output)]
+    assert gpu.main(options) == 0
+    found = json.loads(output.read_text())
+    assert found == json.loads(capsys.readouterr().out) and found["bench"] == "gpu"
+    first, second = {"model": "zimage"} | last, {"model": "sd35m"} | last
+    assert found["rows"] == [row, first, row, second] and found["seconds"] < 10
+
+
+def test_an_interrupt_ends_the_run_and_keeps_the_rows(monkeypatch, tmp_path, capsys):
+    row = {"model": "zimage", "size": 512, "batch": 1}
+
+    def run(command, **_):
+        Path(command[-1]).write_text(json.dumps({"rows": [row]}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    assert gpu.main(["--tiny", "--device", "cpu", "--output", str(tmp_path / "gpu.json")]) == 0
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert rows == [row, {"model": "zimage", "skipped": "interrupted"}]
+
+
+PARTS = ("bench.gpu", "bench.ops", "bench.consistency")
+
+
+@pytest.mark.parametrize("limit", [570, 3])
+def test_on_gpu_runs_every_part_within_its_limit(limit, tmp_path):
+    (tmp_path / "bin").mkdir()
+    executable(tmp_path / "bin" / "cmake", "echo no compiler; exit 1")
+    python = executable(
+        tmp_path / "bin" / "python", 'echo "$@ in $PYTHONPATH" >> "$CALLS"',
+        '[ "$2" = pytest ] && exec sleep "$NAP"', '[ "$2" = bench.ops ] && exit 1', "exit 0",
+    )  # fmt: skip
+    calls, out = tmp_path / "calls", tmp_path / "out"
+    settings = {"PYTHON": python, "LIMIT": str(limit), "CALLS": str(calls), "PYTHONPATH": "/site"}
+    settings |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    settings |= {"NAP": "0" if limit > 60 else "60"}
+    script = Path(gpu.__file__).with_name("on_gpu.sh")
+    began = time.monotonic()
+    done = subprocess.run(["sh", script, out, "--quick"], env=os.environ | settings, check=False)
+    assert done.returncode == 1 and time.monotonic() - began < 30
+    assert "no compiler" in (out / "native.log").read_text()
+    _, tests, *parts = calls.read_text().splitlines()
+    assert "-m pytest -m gpu" in tests and "tests/test_graphs.py" in tests
+    assert [line.split()[1] for line in parts] == list(PARTS)
+    assert all(line.endswith(":/site") for line in parts) and "--quick in" in parts[0]
+    budget = int(parts[0].split("--budget ")[1].split()[0])
+    assert 450 < budget <= 460 if limit == 570 else budget == 1
+
+
+def test_an_op_that_fails_loses_nothing(monkeypatch, capsys, tmp_path):
+    cases = [ops.Case(op, "any", [torch.randn(1, 4, 8)]) for op in ("swiglu", "gelu_tanh")]
+    monkeypatch.setattr(ops, "cases", lambda *_: cases)
+    monkeypatch.setattr(ops, "roofs", lambda *_: {"flops_per_s": 1e12, "bytes_per_s": 1e12})
+    output, threads = tmp_path / "ops.json", torch.get_num_threads()
+    assert ops.main(["--threads", str(threads), "--repeats", "5", "--output", str(output)]) == 1
+    failed, worked = json.loads(output.read_text())["rows"]
+    assert failed["op"] == "swiglu" and "TypeError" in failed["error"]
+    assert worked["op"] == "gelu_tanh" and worked["us"]["ours"]["p50"] > 0
 
 
 def test_full_size_needs_a_gpu(capsys):

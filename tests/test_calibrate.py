@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from tdm_r1.engine import Engine
 from tdm_r1.errors import ConfigError, LoadError
 from tdm_r1.graphs import FakeGraphs
 from tdm_r1.models import lora
+from tdm_r1.models.loading import save_transformer
 from tdm_r1.pipeline import load_pipeline
+from tdm_r1.training.roles import Role
 
 
 @pytest.fixture(scope="module", params=["tiny-sd3", "tiny-zimage"])
@@ -139,6 +142,94 @@ def test_updates_reach_e4m3_weights_and_graphs(engine, pipeline):
     assert engine.graphs.backend.num_captures == 1
 
 
+def held_bytes(model):
+    """Bytes of every storage that the model or its packed linears refer to."""
+    packed = [p for m in model.modules() for p in getattr(m, "packed", {}).values()]
+    mine = [p for p in packed if isinstance(p, ScaledLinear)]
+    tensors = [p.weight for p in mine if p.weight is not None]
+    tensors += [x for p in mine for x in (p.quantized.values, p.quantized.scale)]
+    stores = [x.untyped_storage() for x in (*model.state_dict().values(), *tensors)]
+    return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
+
+
+@pytest.fixture
+def pair(pipeline, engine):
+    """Engines in fp8, the same layers: (its weights released, both kinds kept)."""
+    found = []
+    for _ in range(2):
+        model = copy.deepcopy(pipeline.transformer).freeze()
+        model.quantize(list(model.layers_by_name())[1:])
+        found.append(Engine(replace(pipeline, transformer=model), graphs=FakeGraphs()))
+    found[0].pipeline.transformer.release()
+    return found
+
+
+def same_latents(pair):
+    cond = pair[0].pipeline.text.encode(["a red circle"])
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    mine, like = (engine.rollout(cond, noise).x[-1] for engine in pair)
+    assert torch.equal(mine, like) and like.isfinite().all()
+    return mine
+
+
+def test_weights_left_in_e4m3_alone_compute_the_same_in_less_memory(pair):
+    same_latents(pair)
+    mine, like = (engine.pipeline.transformer for engine in pair)
+    mine.release()  # once more changes nothing
+    numbers = sum(rows.live.values.numel() for rows in mine.released.values())
+    assert numbers > 0.5 * sum(p.numel() for p in like.parameters())
+    spared = held_bytes(like) - held_bytes(mine)
+    assert 0 <= 2 * numbers - spared <= 2 * len(mine.released)  # a NaN each
+    assert {n for n, x in mine.state_dict().items() if x.isnan().any()} == set(mine.released)
+
+
+def test_updates_fold_into_e4m3_alone(pair):
+    first = same_latents(pair)
+    trained = copy.deepcopy(pair[1].pipeline.transformer).unfreeze()
+    targets = lora.TARGETS[trained.family]
+    lora.inject(trained, ["generator"], rank=2, alpha=2, targets=targets)
+    role = Role("generator", trained, "generator", bf16=False)
+    written, seen = [], [first]
+    for step in range(3):
+        with torch.no_grad():
+            for tensor in role.tensors().values():
+                tensor.normal_(std=0.2, generator=torch.Generator().manual_seed(step))
+        written.append(pair[0].update_weights(role))
+        pair[1].update_weights(role)
+        seen.append(same_latents(pair))
+        assert not torch.equal(seen[-1], seen[-2])
+    assert written[0].num_written == written[0].num_tensors > written[1].num_written
+    assert len({update.checksum for update in written}) == 3
+    assert all(engine.graphs.backend.num_captures == 1 for engine in pair)
+
+
+def test_an_update_that_does_not_arrive_in_e4m3(pair, monkeypatch):
+    state = {n: x.clone() for n, x in pair[1].pipeline.transformer.state_dict().items()}
+    name, rows = next(iter(pair[0].pipeline.transformer.released.items()))
+    monkeypatch.setattr(type(rows), "write", lambda self, weight: self.quantize(2 * weight))
+    with pytest.raises(LoadError, match=f"did not arrive as they were written: .*{name}"):
+        pair[0].update_weights(state)
+
+
+def test_what_weights_in_e4m3_alone_cannot_do(pair, tmp_path):
+    engine, model = pair[0], pair[0].pipeline.transformer
+    before, quantized = same_latents(pair), model.quantized
+    for call in (
+        lambda: model.quantize(()),
+        lambda: model.to(torch.float32),
+        lambda: copy.deepcopy(model),
+        lambda: save_transformer(model, tmp_path),
+        lambda: lora.inject(model, ["a"], rank=1, alpha=1, targets=lora.TARGETS[model.family]),
+        lambda: lora.merge_lora(model, {}),
+    ):
+        with pytest.raises(ConfigError, match=r"cannot be .*: \d+ of its weights are left in fp8"):
+            call()
+    cond = engine.pipeline.text.encode(["a"])
+    with pytest.raises(ConfigError, match="gradients need weights in bfloat16"):
+        engine.rollout(cond, torch.zeros(1, 16, 8, 8), consistent=True)
+    assert torch.equal(same_latents(pair), before) and model.quantized == quantized
+
+
 @pytest.mark.parametrize(
     ("limit", "kept"), [(13.1, ()), (12.9, ("b",)), (5.0, ("b",)), (3.5, ("b", "a")), (0.1, "bac")]
 )
@@ -159,6 +250,7 @@ def test_a_report_is_measured_written_and_followed(capsys, tmp_path):
     assert found.predicted <= 0.05 and 0.4 < found.measured / found.predicted < 2
     engine = Engine.from_pretrained("tiny-zimage", precision="fp8", calibration=path)
     assert engine.pipeline.transformer.quantized == found.quantized
+    assert engine.pipeline.transformer.released
     assert engine.generate("a red circle", seed=1)[0].size == (64, 64)
     with pytest.raises(ConfigError, match="layers of another model"):
         Engine.from_pretrained("tiny-sd3", precision="fp8", calibration=path)

@@ -184,8 +184,17 @@ class TestOutputs:
 
     def test_decoding_in_parts_changes_nothing(self, engine, monkeypatch):
         whole = engine.decode(latents(3))
-        monkeypatch.setattr(engine, "decoded_pixels", 64 * 64)
+        monkeypatch.setattr(engine, "decode_limit", 64 * 64)
         torch.testing.assert_close(engine.decode(latents(3)), whole, atol=1e-5, rtol=0)
+
+    def test_a_picture_above_the_limit_is_drawn_in_tiles(self, engine):
+        tiled, kwargs = Engine(engine.pipeline, decode_limit=32 * 32), {"seed": 1, "height": 96}
+        whole, found = (e.generate("a", output_type="pt", **kwargs) for e in (engine, tiled))
+        x_BChw = engine.generate("a", output_type="latent", **kwargs)
+        with torch.no_grad():
+            expected = engine.pipeline.vae.decode_tiled(x_BChw, 4)
+        assert torch.equal(found, expected) and found.shape == whole.shape
+        assert not torch.allclose(found, whole, atol=1e-3)
 
     def test_vae_round_trip_shapes(self, engine):
         images = engine.decode(latents(2))
@@ -291,6 +300,11 @@ class TestRefusals:
     def test_steps(self, engine, steps):
         with pytest.raises(ConfigError, match="steps"):
             Engine(engine.pipeline, steps=steps)
+
+    @pytest.mark.parametrize("limit", [1023, 1e7, True, None])
+    def test_decode_limit(self, engine, limit):
+        with pytest.raises(ConfigError, match=f"decode_limit is {limit}; .* pixels from 1024"):
+            Engine(engine.pipeline, decode_limit=limit)
 
     def test_solver(self, engine):
         with pytest.raises(ConfigError, match="'eular'.*Did you mean 'euler'"):

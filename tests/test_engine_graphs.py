@@ -82,6 +82,12 @@ class TestBitForBit:
         assert all(torch.equal(a[2], b[2]) for a, b in zip(*seen, strict=True))
         assert len(pair[0].graphs.graphs) == pair[0].schedule.num_steps + 1  # and the decoder
 
+    def test_tiles(self, pipeline):
+        pair = [Engine(pipeline, graphs=g, decode_limit=2048) for g in (FakeGraphs(), "off")]
+        for _ in range(2):
+            same(pair, PROMPTS, seed=1)
+        assert pair[0].graphs.backend.num_captures == 1
+
     def test_rollouts_keep_every_latent(self, pair):
         cond = pair[0].pipeline.text.encode(PROMPTS)
         for _ in range(2):

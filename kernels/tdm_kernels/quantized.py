@@ -39,6 +39,21 @@ class Quantized:
         return self.values.float() * self.scale
 
 
+@dataclass(frozen=True)
+class ScaledRows:
+    """Some rows of a weight in e4m3, where they lie, and the `quantize_rows` that makes them."""
+
+    live: Quantized
+    quantize: Callable[[Tensor], Quantized]
+
+    def write(self, weight_FD: Tensor) -> Quantized:
+        """Replace them by those of `weight_FD`, in place; return what was written."""
+        fresh = self.quantize(weight_FD)
+        self.live.values.copy_(fresh.values)
+        self.live.scale.copy_(fresh.scale)
+        return fresh
+
+
 class ScaledLinear:
     """A linear over W in e4m3, quantised anew after an in-place update of any of `sources`.
 
@@ -55,23 +70,26 @@ class ScaledLinear:
         multiply: Callable[[Quantized, Quantized, Tensor | None], Tensor],
         activate: Callable[[Tensor], Quantized] | None = None,
     ) -> None:
-        self.weight, self.bias, self.sources = weight_FD, bias_F, tuple(sources)
+        self.weight: Tensor | None = weight_FD
+        self.bias, self.sources = bias_F, tuple(sources)
         self.quantize, self.multiply, self.activate = quantize, multiply, activate
         self.version = version_of(self.sources)
         self.quantized = quantize(weight_FD)
         check_product(self.quantized, self.quantized, bias_F)
 
-    def update(self) -> None:
-        """Quantise the weight as it is now, in place: CUDA graphs have recorded the addresses."""
-        self.version = version_of(self.sources)
-        fresh = self.quantize(self.weight)
-        self.quantized.values.copy_(fresh.values)
-        self.quantized.scale.copy_(fresh.scale)
+    def rows(self, first: int, last: int) -> ScaledRows:
+        """Return the rows from `first` to before `last`, in place."""
+        live = Quantized(self.quantized.values[first:last], self.quantized.scale[first:last])
+        return ScaledRows(live, self.quantize)
+
+    def release(self) -> None:
+        """Let go of W: from now on `rows` alone is how it changes."""
+        self.weight, self.sources = None, ()
 
     def __call__(self, x: Tensor | Quantized, out: Tensor | None = None) -> Tensor | Quantized:
         """Return bf16 [..., F] for x [..., D], in `out` if given; with `activate`, its e4m3 rows.
 
-        A CUDA graph replays without this: `update` before. Raises ValueError for `out` and
+        A CUDA graph replays without this: `current` before. Raises ValueError for `out` and
         `activate` together, which nothing could hold.
         """
         if out is not None and self.activate is not None:
@@ -84,11 +102,15 @@ class ScaledLinear:
 
     def current(self) -> Quantized:
         """Return the weight as it is now."""
+        if self.weight is None:
+            return self.quantized
         if torch.compiler.is_compiling():
             # A trace sees no versions, and must not keep the weight of its first call.
             return self.quantize(self.weight)
-        if self.version != version_of(self.sources):
-            self.update()
+        if self.version != (version := version_of(self.sources)):
+            # In place: CUDA graphs have recorded the addresses.
+            self.rows(0, len(self.quantized)).write(self.weight)
+            self.version = version
         return self.quantized
 
 

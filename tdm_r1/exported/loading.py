@@ -99,8 +99,8 @@ class ExportedVAE(VAE):
         self.scale_factor = manifest.vae["scale_factor"]
         self.sample_size = manifest.vae["sample_size"]
 
-    def decode(self, latents_BChw: Tensor) -> Tensor:
-        """As in `VAE`; ConfigError for sizes outside the export's axes."""
+    def unclamped(self, latents_BChw: Tensor) -> Tensor:
+        """As in `VAE`, but in [0, 1]; ConfigError for sizes outside the export's axes."""
         b, _, height, width = latents_BChw.shape
         scale = self.scale_factor
         self.manifest.check(batch=b, height=height * scale, width=width * scale)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from tdm_kernels import Ops, select
+from tdm_kernels.quantized import ScaledRows
 from tdm_kernels.reference import to_velocity
 from tdm_kernels.registry import BACKENDS
 from torch import Tensor, nn
@@ -135,6 +136,7 @@ class Transformer(Packable):
         self.frozen = False
         self.checkpoint_blocks = False  # recompute every block's activations in the backward pass
         self.quantized: tuple[str, ...] = ()
+        self.released: dict[str, ScaledRows] = {}  # by name, weights that are left in e4m3 alone
         self.recorded: dict[str, Callable[..., Tensor]] = {}
         self.weights: tuple[nn.Parameter, ...] = ()  # once frozen: finding them takes its time
         self.bind_ops()
@@ -216,7 +218,11 @@ class Transformer(Packable):
         return self
 
     def unfreeze(self) -> Transformer:
-        """Undo the packing of `freeze`; `requires_grad` stays as it is."""
+        """Undo the packing of `freeze`; `requires_grad` stays as it is.
+
+        Raises ConfigError after `release`.
+        """
+        self.check_whole("unpacked or moved")
         for module in self.modules():
             if isinstance(module, Packable):
                 module.unpack()
@@ -235,13 +241,14 @@ class Transformer(Packable):
         """Let these layers of a frozen transformer, and no others, multiply e4m3.
 
         Raises ConfigError for an unknown layer, one that cannot, another dtype than bfloat16, or a
-        device without e4m3; the transformer is left in its own dtype then.
+        device without e4m3, with the transformer left in its own dtype; and after `release`.
         """
         if not self.frozen:
             raise ConfigError("only a frozen transformer runs in fp8: call freeze() first")
         if unknown := [name for name in names if name not in self.layers_by_name()]:
             hint = closest(unknown[0], self.layers_by_name())
             raise ConfigError(f"no layer {unknown[0]!r} in this model.{hint}")
+        self.check_whole("quantised anew")
         self.quantized = tuple(names)
         self.unfreeze()
         try:
@@ -251,6 +258,27 @@ class Transformer(Packable):
             self.unfreeze()
             self.freeze()
             raise
+
+    def release(self) -> None:
+        """Give back the memory of the bfloat16 weights that layers in e4m3 read no more.
+
+        For good: the transformer stays where it is, frozen as it is. It cannot be copied or saved,
+        nor compute with gradients; new weights reach it by `LiveWeights`, folded into e4m3.
+        """
+        released = dict(self.released)
+        for name in self.quantized:
+            layer = self.layers_by_name()[name]
+            if not layer.released:
+                released |= {f"{name}.{path}": rows for path, rows in layer.release().items()}
+        self.released = released
+
+    def check_whole(self, task: str) -> None:
+        """Raise ConfigError, naming the task, for a transformer that has released weights."""
+        if self.released:
+            raise ConfigError(
+                f"{self.family} cannot be {task}: {len(self.released)} of its weights are left in"
+                " fp8 alone; load it again, without precision='fp8'"
+            )
 
     def fp8_ops(self) -> Ops:
         """Return the ops of layers in e4m3. Raises ConfigError where there are none."""
@@ -274,6 +302,7 @@ class Transformer(Packable):
         return self.recorded.get(name, getattr(self, name))(*inputs)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.check_whole("copied")
         return {**super().__getstate__(), "recorded": {}, "weights": ()}
 
     def bind_ops(self) -> None:

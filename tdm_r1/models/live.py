@@ -1,7 +1,8 @@
 """New weights for a frozen transformer, written over the old ones.
 
 Nothing moves: packed linears, recordings and CUDA graphs read the new weights where they read the
-old. What is made of them besides (kernels' panels, e4m3 rows) is made anew in place.
+old. What is made of them besides (kernels' panels, e4m3 rows) is made anew in place; a weight that
+is left in e4m3 alone is folded as any other, rounded to the model's dtype and quantised.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from tdm_kernels.quantized import Quantized
 from torch import Tensor
 
 from tdm_r1.errors import ConfigError, LoadError
@@ -86,9 +88,13 @@ class LiveWeights:
                 "only a frozen transformer of PyTorch weights can be updated in place:"
                 " call freeze() first"
             )
-        self.transformer = transformer
+        self.transformer, self.released = transformer, transformer.released
         self.tensors = transformer.state_dict()
         self.stamps: dict[str, tuple | None] = {}
+
+    def is_of(self, transformer: Transformer) -> bool:
+        """Whether these are the weights of `transformer`, as they lie now."""
+        return self.transformer is transformer and self.released is transformer.released
 
     def update(self, source: Any) -> Update:
         """Take the weights of `source`, and prove that each one arrived.
@@ -130,8 +136,11 @@ class LiveWeights:
             if stamp is not None and self.stamps.get(name) == (*stamp, live._version):
                 continue
             value = source.value(live)
-            live.copy_(value)
-            sums[name] = _sum_of_bits(value)
+            if name in self.released:
+                sums[name] = _sum_of_bits(self.released[name].write(value))
+            else:
+                live.copy_(value)
+                sums[name] = _sum_of_bits(value)
             self.stamps[name] = None if stamp is None else (*stamp, live._version)
         return sums
 
@@ -140,14 +149,17 @@ class LiveWeights:
         if not wrote:
             return Update(len(self.tensors), 0, 0)
         expected = torch.stack(list(wrote.values())).tolist()
-        got = torch.stack([_sum_of_bits(self.tensors[name]) for name in wrote]).tolist()
+        lives = [r.live if (r := self.released.get(n)) else self.tensors[n] for n in wrote]
+        got = torch.stack([_sum_of_bits(live) for live in lives]).tolist()
         pairs = zip(wrote, expected, got, strict=True)
         if lost := [name for name, a, b in pairs if a != b]:
             raise LoadError(f"weights did not arrive as they were written: {name_some(lost)}")
         return Update(len(self.tensors), len(wrote), sum(expected) % 2**64)
 
 
-def _sum_of_bits(x: Tensor) -> Tensor:
+def _sum_of_bits(x: Tensor | Quantized) -> Tensor:
     """Sum of the elements' bits as int64: the same for the same elements in any order."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    if isinstance(x, Quantized):
+        return _sum_of_bits(x.values) + _sum_of_bits(x.scale)
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.view(whole).sum(dtype=torch.int64)

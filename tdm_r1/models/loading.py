@@ -74,8 +74,10 @@ def save_transformer(
 ) -> None:
     """Write config.json and the weights as diffusers' `from_pretrained` reads them.
 
-    Raises ConfigError for a model that still carries adapters: merge or save those on their own.
+    Raises ConfigError for a model that still carries adapters: merge or save those on their own;
+    and for one whose weights are left in fp8 alone.
     """
+    model.check_whole("saved")
     state = model.state_dict()
     adapters = [name for name in state if ".lora_A." in name or ".base_layer." in name]
     if adapters:

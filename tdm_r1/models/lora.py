@@ -244,8 +244,11 @@ def check_lora(
 ) -> dict[str, Tensor]:
     """Return the weight that each entry of `merge_lora`'s `tensors` belongs to.
 
-    Raises LoadError naming every entry without a linear, and every one that its linear cannot take.
+    Raises LoadError naming every entry without a linear, and every one that its linear cannot take;
+    ConfigError for a model whose weights are left in fp8 alone.
     """
+    if isinstance(model, Transformer):
+        model.check_whole("merged with a LoRA")
     modules = dict(model.named_modules())
     wrong, weights = [], {}
     for name, (a, b, _) in tensors.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tdm_kernels import Ops
+from tdm_kernels.quantized import ScaledLinear, ScaledRows
 from torch import Tensor, nn
 
 from tdm_r1.errors import ConfigError
@@ -96,10 +97,18 @@ class Layer(nn.Module):
     """
 
     fp8: Ops | None = None
+    released = False  # whether its e4m3 weights are all that is left
 
     def ops_for(self, ops: Ops) -> Ops:
-        """Return the e4m3 ops where this layer has them, else `ops`; those have no gradients."""
-        return ops if self.fp8 is None or torch.is_grad_enabled() else self.fp8
+        """Return the e4m3 ops where this layer has them, else `ops`; those have no gradients.
+
+        Raises ConfigError for gradients through a layer that has released its weights.
+        """
+        if self.fp8 is None or not torch.is_grad_enabled():
+            return ops if self.fp8 is None else self.fp8
+        if self.released:
+            raise ConfigError("gradients need weights in bfloat16, and these are left in fp8 alone")
+        return ops
 
     def pack_fp8(self, name: str, ops: Ops) -> None:
         """Pack every linear in e4m3. Raises ConfigError, naming the layer, for one that cannot."""
@@ -112,6 +121,26 @@ class Layer(nn.Module):
                 if set(module.packed) != {g for g in module.groups if module.siblings(g)}:
                     raise ConfigError(f"{name} cannot run in fp8 while it carries adapters")
         self.fp8 = ops
+
+    def release(self) -> dict[str, ScaledRows]:
+        """Give back the memory of weights that the e4m3 ones stand for; return those by name.
+
+        NaN stays in the place of a weight, of its shape.
+        """
+        names = {id(module): name for name, module in self.named_modules()}
+        found: dict[str, ScaledRows] = {}
+        for module in [m for m in self.modules() if isinstance(m, Packable)]:
+            for group, packed in module.packed.items():
+                assert isinstance(packed, ScaledLinear)
+                first = 0
+                for linear in module.siblings(group):
+                    weight = linear.weight
+                    found[f"{names[id(linear)]}.weight"] = packed.rows(first, first + len(weight))
+                    first += len(weight)
+                    weight.data = weight.new_full((), torch.nan).expand(weight.shape)
+                packed.release()
+        self.released = True
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "fp8": None}  # copies start unpacked

@@ -32,7 +32,7 @@ from tdm_r1.training import queries
 from tdm_r1.training.evaluate import BATCH as EVALUATED
 from tdm_r1.training.roles import COPIES, ORIGIN, TRAINED
 from tdm_r1.training.sizes import Size
-from tdm_r1.trajectory import DECODED_PIXELS
+from tdm_r1.trajectory import DECODE_LIMIT
 
 _BUCKET = 2e9
 _QUERY_WIDTH = 12
@@ -106,7 +106,7 @@ def phases(
     resident = always | ({} if memory.precompute_text else text)
     resident |= {} if memory.offload else scoring
     query = 4.0 * _QUERY_WIDTH * size.dim * (size.image_tokens(side) + size.text_tokens)
-    pictures = memory.decode_batch or max(1, DECODED_PIXELS // side**2)
+    pictures = memory.decode_batch or max(1, DECODE_LIMIT // side**2)
     decoded = _decoded(recipe, size, side)
     guided = 1 if recipe.evaluation.guidance == 1.0 else 2
     evaluating = max(EVALUATED * guided * query, min(EVALUATED, pictures) * decoded)

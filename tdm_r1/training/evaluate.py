@@ -11,12 +11,13 @@ from PIL import Image
 
 from tdm_r1 import geneval, rewards, shapes, signs
 from tdm_r1.config import Recipe
-from tdm_r1.engine import Engine, to_output
+from tdm_r1.engine import Engine
 from tdm_r1.errors import ConfigError
 from tdm_r1.pipeline import Pipeline
 from tdm_r1.prompts import evaluation_prompts, load_prompts
 from tdm_r1.training import panel
 from tdm_r1.training.roles import Role
+from tdm_r1.trajectory import to_output
 
 BATCH = 64
 NUM_SHOWN = 24

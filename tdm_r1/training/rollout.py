@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from tdm_r1 import flow, rewards
-from tdm_r1.engine import Engine, to_output
+from tdm_r1.engine import Engine
 from tdm_r1.errors import RewardError, TdmError
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.training import distributed
 from tdm_r1.training.clock import Clock
 from tdm_r1.training.losses import advantages
 from tdm_r1.training.roles import Role
+from tdm_r1.trajectory import to_output
 
 
 @dataclass

@@ -100,7 +100,7 @@ class Trainer:
         self.evaluator = Evaluator(recipe, self.pipeline)
         if recipe.memory.decode_batch:
             pixels = recipe.memory.decode_batch * self.pipeline.default_size**2
-            self.engine.decoded_pixels = self.evaluator.engine.decoded_pixels = pixels
+            self.engine.decode_limit = self.evaluator.engine.decode_limit = pixels
         self.method: Any = (method or METHODS[recipe.method])(self)
         if recipe.memory.precompute_text:
             sampler = getattr(self.method, "sampler", None)

@@ -207,7 +207,7 @@ def test_pictures_are_decoded_as_many_at_a_time_as_the_recipe_says(sd3_dir, monk
     monkeypatch.setattr(
         engine.pipeline.vae, "decode", lambda part: sizes.append(len(part)) or decode(part)
     )
-    engine.decoded_pixels = 2 * 64 * 64
+    engine.decode_limit = 2 * 64 * 64
     assert torch.allclose(engine.decode(x), whole, atol=1e-5)
     assert sizes == [2, 2, 1]
 
