@@ -294,7 +294,13 @@ def validate(recipe: Recipe) -> Recipe:
     _choice("precision", recipe.precision, ("bf16", "fp32"))
     _choice("memory.base", recipe.memory.base, ("fp32", "bf16"))
     _choice("reinforcement.reference", recipe.reinforcement.reference, ("frozen", "ema"))
-    _choice("zero_stage", recipe.zero_stage, (0, 1, 2))
+    _choice("zero_stage", recipe.zero_stage, (0, 1, 2, 3))
+    if recipe.zero_stage == 3 and (recipe.roles.kind == "lora" or recipe.compile):
+        key, value = ("compile", "true") if recipe.compile else ("roles.kind", "'lora'")
+        raise ConfigError(
+            f"zero_stage 3 cuts the weights of roles.kind 'full', compile false; got {key} {value}: "
+            "take zero_stage 0, 1 or 2"
+        )
     for name in recipe.report_to:
         _choice("report_to", name, TRACKERS)
     if recipe.evaluation.guard and (recipe.method != "tdm_r1" or not recipe.evaluation.every):

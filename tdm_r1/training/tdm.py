@@ -8,6 +8,7 @@ share: `queries.py`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,7 +96,8 @@ class Tdm:
         size, seed = rollout.group_size, self.recipe.seed
         batches, fault = [], None
         try:
-            batches = [roll_out(self.engine, role, part, size, seed) for part in parts]
+            with role.gathered():  # once for the whole phase, by every rank
+                batches = [roll_out(self.engine, role, part, size, seed) for part in parts]
         except NumericsError as error:  # the other ranks go on to the next collective
             fault = f"a rollout: {error}"
         if found := [fault for fault in distributed.gather(fault) if fault is not None]:
@@ -215,7 +217,9 @@ class Tdm:
                 put("surrogate_c", "surrogate", pull)
             if pull is not judged and pull is not distil:
                 put("base_r", "base", pull)
-        with self.clock.phase("queries"):
+        # Every rank has to gather a role, also one whose own boundary does not ask it.
+        surrogate = roles["surrogate"].gathered() if self.reinforced else nullcontext()
+        with self.clock.phase("queries"), surrogate:
             v = dict(zip(asked, ask(self.engine, list(asked.values())), strict=True))
         if pull is judged and judged is not None:
             v["base_r"] = v["base_j"]
