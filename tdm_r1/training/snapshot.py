@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 def take(trainer: Trainer) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
     """(tensors, state) for `save_checkpoint`: roles, copies, optimizers, position, evaluations.
 
-    Every rank calls it, to gather what ZeRO has cut; only rank 0 has the tensors. Noise and steps are pure functions of seed, iteration and group, so that no generator is stored.
+    Every rank calls it, to gather what ZeRO has cut; only rank 0 gets the tensors.
+    Noise and steps are pure functions of seed, iteration and group, so that no generator is stored.
     """
     tensors: dict[str, Mapping[str, Tensor]] = {
         name: distributed.whole(role.tensors())
