@@ -269,7 +269,7 @@ def _is_sharded(optimizer) -> bool:
     return hasattr(optimizer, "averaged_gradients")
 
 
-def _flat_shares(sharded) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
+def _flat_shares(sharded) -> Iterator[tuple[Tensor, list[Any]]]:
     """The flat fp32 tensors that ZeRO steps, each with the parameters of which it holds shares."""
     if hasattr(sharded, "single_partition_of_fp32_groups"):
         return zip(sharded.single_partition_of_fp32_groups, sharded.bit16_groups, strict=True)
