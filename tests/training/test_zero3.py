@@ -155,3 +155,13 @@ def test_two_ranks_share_every_role_and_train_as_one(tmp_path, sd3_dir):
     moments, counts = distributed.optimizer_state(less.engines["fake"])
     assert counts == same["optimizer-fake"]
     assert all(torch.equal(moments[key], t) for key, t in shared["optimizer-fake"].items())
+
+
+def test_the_last_share_of_an_odd_tensor_is_padded(monkeypatch):
+    parameter, value = torch.zeros(0), torch.arange(1.0, 8.0).reshape(7, 1)
+    assert distributed.share(parameter, value) is value  # not cut
+    parameter.ds_tensor = torch.empty(4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank, expected in ((0, [1.0, 2.0, 3.0, 4.0]), (1, [5.0, 6.0, 7.0, 0.0])):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        assert distributed.share(parameter, value).tolist() == expected
