@@ -200,6 +200,9 @@ class Recipe:
     faster. `lora` makes the model a few-step one: generator and EMA start from it, the other roles
     from the model itself. A shipped name brings its own. `resolution` is the side in pixels of
     rollouts and of evaluation, `t5_length` the number of T5 tokens (SD3); 0 is the model's own.
+    `zero_stage` cuts over the GPUs: 1 the optimizers, 2 gradients too, 3 also the weights of roles
+    of `kind: full`, copies included. A role is then whole, in fp32, only while it works: a rollout
+    phase, its queries, a forward with its backward pass, an evaluation.
     A step whose losses or gradients are not finite is skipped; `skip_limit` of them in a row end
     the run. `report_to` names trackers that get what metrics.jsonl gets: "tensorboard", "wandb",
     "mlflow".
@@ -300,7 +303,13 @@ def validate(recipe: Recipe) -> Recipe:
     _choice("memory.base", recipe.memory.base, ("fp32", "bf16"))
     _choice("reinforcement.reference", recipe.reinforcement.reference, ("frozen", "ema"))
     _choice("reinforcement.judged", recipe.reinforcement.judged, ("trajectory", "final"))
-    _choice("zero_stage", recipe.zero_stage, (0, 1, 2))
+    _choice("zero_stage", recipe.zero_stage, (0, 1, 2, 3))
+    if recipe.zero_stage == 3 and (recipe.roles.kind == "lora" or recipe.compile):
+        found = "compile true" if recipe.compile else "roles.kind 'lora'"
+        raise ConfigError(
+            "zero_stage 3 needs roles.kind 'full' and compile false, for it cuts weights, and "
+            f"adapters are small; got {found}: set zero_stage to 0, 1 or 2"
+        )
     for name in recipe.report_to:
         _choice("report_to", name, TRACKERS)
     if recipe.evaluation.guard and (recipe.method != "tdm_r1" or not recipe.evaluation.every):

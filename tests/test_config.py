@@ -52,7 +52,17 @@ def test_overrides_are_typed(tmp_path):
         ({"iterations": 0}, [], "iterations must be at least 1"),
         ({"evaluation": {"num_prompts": -1}}, [], "num_prompts must be at least 0; got -1"),
         ({"roles": "lora"}, [], "roles must be a mapping"),
-        ({"zero_stage": 3}, [], "zero_stage must be one of 0, 1, 2"),
+        ({"zero_stage": 4}, [], "zero_stage must be one of 0, 1, 2, 3"),
+        (
+            {"zero_stage": 3},
+            [],
+            "needs roles.kind 'full'.*got roles.kind 'lora': set zero_stage to",
+        ),
+        (
+            {"zero_stage": 3, "compile": True, "roles": {"kind": "full"}},
+            [],
+            "compile false.*got compile true: set zero_stage to 0, 1 or 2",
+        ),
         ({"optimizers": {"fake": {"name": "moun"}}}, [], "fake.name.*Did you mean 'muon'"),
         ({"optimizers": {"fake": {"name": "muon"}}, "zero_stage": 2}, [], "needs zero_stage 0"),
         ({}, ["iterations"], "--set wants key=value"),

@@ -3,8 +3,12 @@
 The formulas (N GPUs, bytes, T tokens of a row, D wide):
 
     weights      base: parameters and buffers in `memory.base`; a role of its own, or an adapter: 4
-                 per parameter, for trained roles and for their copies (EMA, lag, reference)
-    gradients    4 per trained parameter; ZeRO-2 keeps 1/N of them and a 2 GB bucket
+                 per parameter, for trained roles and for their copies (EMA, lag, reference); ZeRO-3
+                 keeps 1/N of these
+    gathered     under ZeRO-3, 4 per parameter of a role while it works: the generator all through
+                 the rollouts, the EMA while evaluating, one role while training; among the queries
+                 two, for the surrogate stays while its copies are asked
+    gradients    4 per trained parameter; ZeRO-2 and 3 keep 1/N of them and a 2 GB bucket
     optimizer    8 per trained parameter (AdamW); under ZeRO 8 + 4, and 1/N of that
     kept         per row of a micro-step, token and block, for the backward pass:
                      D (S a_r + W a), or with checkpoint_blocks D (a_r + (S - 1) a)
@@ -110,28 +114,32 @@ def phases(
     decoded = _decoded(recipe, size, side)
     guided = 1 if recipe.evaluation.guidance == 1.0 else 2
     evaluating = max(EVALUATED * guided * query, min(EVALUATED, pictures) * decoded)
+    whole = {"gathered": 4.0 * size.parameters if recipe.zero_stage == 3 else 0.0}
     found = [Phase("encode prompts", encoding)] if memory.precompute_text else []
-    found.append(Phase("evaluate", resident | scoring | {"working": evaluating}))
+    found.append(Phase("evaluate", resident | scoring | whole | {"working": evaluating}))
     if recipe.method != "sft":
         resident |= _stored(recipe, size, gpus, side)
-        found.append(Phase("roll out", resident | {"working": rows * query}))
+        found.append(Phase("roll out", resident | whole | {"working": rows * query}))
     if recipe.method == "tdm_r1":
         decode = {"working": min(rows, pictures) * decoded}
         found.append(Phase("decode and score", resident | scoring | decode))
     resident |= {"gradients": _gradients(recipe, roles, gpus)}
     if recipe.method != "sft":
-        stacked = queries.STACKED if recipe.method == "tdm_r1" else 2
-        found.append(Phase("ask", resident | {"working": stacked * rows * query}))
-    return (*found, Phase("train", resident | _graphs(recipe, size, rows, side)))
+        reinforced = recipe.method == "tdm_r1"
+        stacked = queries.STACKED if reinforced else 2
+        asked = {"gathered": 2 * reinforced * whole["gathered"], "working": stacked * rows * query}
+        found.append(Phase("ask", resident | asked))
+    return (*found, Phase("train", resident | whole | _graphs(recipe, size, rows, side)))
 
 
 def _always(recipe: Recipe, size: Size, roles: dict[str, int], gpus: int) -> dict[str, float]:
     """Base, roles and optimizer, in every phase; and the bf16 copies that autocast makes."""
     whole = [count for count in roles.values() if count == size.parameters]
     cast = 2.0 * size.parameters if whole and recipe.precision == "bf16" else 0.0
+    shared = gpus if recipe.zero_stage == 3 else 1
     return {
         "base": _frozen_width(recipe) * float(size.parameters + size.buffers),
-        "roles": 4.0 * (sum(roles.values()) + len(whole) * size.buffers),
+        "roles": 4.0 * (sum(roles.values()) / shared + len(whole) * size.buffers),
         "optimizer": (12.0 / gpus if recipe.zero_stage else 8.0) * _trained(recipe, roles),
         "cast weights": cast,
     }
@@ -143,7 +151,7 @@ def _trained(recipe: Recipe, roles: dict[str, int]) -> int:
 
 def _gradients(recipe: Recipe, roles: dict[str, int], gpus: int) -> float:
     whole = 4.0 * _trained(recipe, roles)
-    return whole / gpus + _BUCKET if recipe.zero_stage == 2 else whole
+    return whole / gpus + _BUCKET if recipe.zero_stage >= 2 else whole
 
 
 def _graphs(recipe: Recipe, size: Size, rows: int, side: int) -> dict[str, float]:

@@ -5,16 +5,28 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdm_r1.config import Optimizer
 from tdm_r1.training import optimizer as optimizers
+
+# What ZeRO-3 does besides: keep nothing whole (small tensors by default), fetch nothing ahead, sum
+# gradients without a standing buffer, leave torch.nn.functional.linear alone.
+_ZERO3 = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "contiguous_gradients": False,
+    "reduce_bucket_size": 250_000_000,
+    "memory_efficient_linear": False,
+}
 
 
 def init() -> None:
@@ -67,6 +79,51 @@ def close() -> None:
         dist.destroy_process_group()
 
 
+def cut(module: nn.Module) -> None:
+    """ZeRO-3: leave each rank its share of every parameter of `module`, as rank 0 has it."""
+    import deepspeed
+
+    deepspeed.zero.Init(module=module, mem_efficient_linear=False, dtype=torch.float32)
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+    """Whole parameters on every rank while inside, for reading; shares again afterwards.
+
+    Every rank has to enter. Does nothing for parameters that are not cut, or are gathered already.
+    """
+    absent = [p for p in parameters if hasattr(p, "ds_tensor") and not p.numel()]
+    if not absent:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(absent)
+
+
+def held(parameter: Tensor) -> Tensor:
+    """What this rank stores of a parameter: its flat share of a cut one, or all of it."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def share(parameter: Tensor, value: Tensor) -> Tensor:
+    """Of a whole tensor `value` in the parameter's shape, what `held(parameter)` is of that."""
+    if not hasattr(parameter, "ds_tensor"):
+        return value
+    size = held(parameter).numel()
+    flat = F.pad(value.flatten(), (0, size * world_size() - value.numel()))
+    return flat[rank() * size :][:size]
+
+
+def whole(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Values on rank 0, nothing on the others; cut ones on the CPU. Every rank has to call it."""
+    with gathered(parameters.values()):
+        if rank():
+            return {}
+        return {
+            name: p.detach().cpu() if hasattr(p, "ds_tensor") else p
+            for name, p in parameters.items()
+        }
+
+
 def wrap(
     role: nn.Module,
     parameters: Mapping[str, nn.Parameter],
@@ -80,6 +137,10 @@ def wrap(
     Only `parameters` are trained and synchronised; `accumulation` backward passes make one step,
     and their losses are averaged. The forward runs in the role's own precision (autocast inside).
     The clip is that of `parameters` alone, once per step; `grad_norm` tells the norm before it.
+
+    Under ZeRO-3 the parameters that `role` itself registers are whole from its forward to the end
+    of its backward pass. They are read wherever it likes to: hooks of the modules inside, or of
+    "leaf" modules, would miss weights that are read from outside of those, and their gradients.
     """
     import deepspeed
 
@@ -90,7 +151,7 @@ def wrap(
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.clip if zero_stage else 0.0,
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": {"stage": zero_stage, **(_ZERO3 if zero_stage == 3 else {})},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
@@ -123,7 +184,7 @@ def grad_norm(engine) -> float:
 def finite_gradients(engine) -> bool:
     """Whether this rank's share of the accumulated gradients is all finite; before `step`."""
     sharded = engine.optimizer
-    if hasattr(sharded, "averaged_gradients"):  # any stage of ZeRO but 0
+    if _is_sharded(sharded):
         kept = [share for group in sharded.averaged_gradients.values() for share in group or ()]
     else:
         kept = [parameter.grad for parameter in engine.module.parameters()]
@@ -135,11 +196,12 @@ def finite_gradients(engine) -> bool:
 def drop_gradients(engine) -> None:
     """End an accumulation without a step: as if its backward passes had not been made."""
     sharded = engine.optimizer
-    if hasattr(sharded, "averaged_gradients"):  # as its own step does after an overflow
+    if _is_sharded(sharded):  # as its own step does after an overflow
         sharded.zero_grad(set_to_none=True)
-        sharded.micro_step_id = -1
         sharded.averaged_gradients.clear()
-        getattr(sharded, "all_grad_tensors", {}).clear()
+        if hasattr(sharded, "all_grad_tensors"):  # ZeRO-3 starts over by `zero_grad` alone
+            sharded.micro_step_id = -1
+            sharded.all_grad_tensors.clear()
     else:
         engine.zero_grad()
     engine.micro_steps += 1
@@ -148,19 +210,23 @@ def drop_gradients(engine) -> None:
 def optimizer_state(engine) -> tuple[dict[str, Tensor], list[int]]:
     """`optimizer.state_tensors` of an engine, the same for every ZeRO stage and number of ranks.
 
-    Every rank has to call it: what ZeRO has cut into shares is put together again.
+    Every rank has to call it: what ZeRO has cut into shares is put together again, a tensor at a
+    time, on the CPU of rank 0; the others have no tensors.
     """
     sharded = engine.optimizer
     if not _is_sharded(sharded):
         return optimizers.state_tensors(sharded)
+    import deepspeed
+
     tensors: dict[str, Tensor] = {}
     steps: list[int] = []
-    for group, parameters in enumerate(sharded.bit16_groups):
-        share = sharded.single_partition_of_fp32_groups[group]
-        state = sharded.optimizer.state.get(share, {})
+    for flat, parameters in _flat_shares(sharded):
+        state = sharded.optimizer.state.get(flat, {})
         for parameter in parameters:
             for slot in sorted(set(state) - {"step"}):
-                tensors[f"{len(steps):05d}.{slot}"] = parameter.get_full_hp_param(slot)
+                found = deepspeed.utils.safe_get_full_optimizer_state(parameter, slot)
+                if rank() == 0:
+                    tensors[f"{len(steps):05d}.{slot}"] = found.cpu()
             steps.append(int(state.get("step", 0)))
     return tensors, steps
 
@@ -174,24 +240,37 @@ def load_optimizer_state(engine, tensors: Mapping[str, Tensor], steps: list[int]
     sharded = engine.optimizer
     if not _is_sharded(sharded):
         return optimizers.load_state(sharded, tensors, steps)
-    count = sum(map(len, sharded.bit16_groups))
+    groups = list(_flat_shares(sharded))
+    count = sum(len(parameters) for _, parameters in groups)
     if count != len(steps):
         raise ValueError(f"the checkpoint's optimizer has {len(steps)} tensors, this one {count}")
     slots = sorted({name.split(".", 1)[1] for name in tensors})
     first = 0
-    for group, parameters in enumerate(sharded.bit16_groups):
-        share = sharded.single_partition_of_fp32_groups[group]
+    for flat, parameters in groups:
         if steps[first]:
-            empty = {slot: torch.zeros_like(share) for slot in slots}
-            sharded.optimizer.state[share] = {"step": torch.tensor(float(steps[first])), **empty}
+            empty = {slot: torch.zeros_like(flat) for slot in slots}
+            sharded.optimizer.state[flat] = {"step": torch.tensor(float(steps[first])), **empty}
         first += len(parameters)
-    if any(steps):
+    cut_parameters = hasattr(sharded, "set_local_hp_param")  # ZeRO-3
+    if any(steps) and not cut_parameters:
         sharded._lazy_init_hp_params_optimizer_state()  # what its first step does: views of shares
-    for index, parameter in enumerate(p for group in sharded.bit16_groups for p in group):
-        parameter.set_full_hp_param(parameter)  # the fp32 copy that its step starts from
+    sharded.refresh_fp32_params()  # the copy that its step starts from
+    for index, parameter in enumerate(p for _, parameters in groups for p in parameters):
         for slot in slots if steps[index] else ():
-            parameter.set_full_hp_param(tensors[f"{index:05d}.{slot}"], slot)
+            value = tensors[f"{index:05d}.{slot}"]
+            if cut_parameters:
+                sharded.set_local_hp_param(share(parameter, value), parameter, slot)
+            else:
+                parameter.set_full_hp_param(value, slot)
 
 
 def _is_sharded(optimizer) -> bool:
-    return hasattr(optimizer, "single_partition_of_fp32_groups")
+    """Whether it is that of a stage of ZeRO but 0."""
+    return hasattr(optimizer, "averaged_gradients")
+
+
+def _flat_shares(sharded) -> Iterator[tuple[Tensor, list[Any]]]:
+    """The flat fp32 tensors that ZeRO steps, each with the parameters of which it holds shares."""
+    if hasattr(sharded, "single_partition_of_fp32_groups"):
+        return zip(sharded.single_partition_of_fp32_groups, sharded.bit16_groups, strict=True)
+    return zip(sharded.fp32_partitioned_groups_flat, sharded.fp16_groups, strict=True)

@@ -94,6 +94,7 @@ KNOBS: tuple[tuple[str, Any], ...] = (
     ("memory.decode_batch", 4),
     ("memory.decode_batch", 1),
     ("zero_stage", 2),
+    ("zero_stage", 3),
 )
 LAST_KNOBS = (("roles.kind", "lora"),)  # another run, not the same in less memory
 
@@ -106,6 +107,7 @@ def turned(recipe: Recipe, key: str, value: Any) -> Recipe:
     changes: dict[str, Any] = {leaf: value}
     if key == "roles.kind":
         changes["full"] = ()
+        recipe = replace(recipe, zero_stage=min(recipe.zero_stage, 2))
     return replace(recipe, **{section: replace(getattr(recipe, section), **changes)})
 
 
@@ -119,8 +121,12 @@ def require_fit(plan: Plan) -> None:
         found = _best_turn(best, KNOBS) or _best_turn(best, LAST_KNOBS)
         if found is None:
             break
+        stage = best.recipe.zero_stage
         key, value, best = found
-        steps.append(f"{key}={str(value).lower()} ({best.peak.total / GIB:.1f} GiB)")
+        change = f"{key}={str(value).lower()}"
+        if key != "zero_stage" and best.recipe.zero_stage != stage:
+            change += f" with zero_stage={best.recipe.zero_stage}"
+        steps.append(f"{change} ({best.peak.total / GIB:.1f} GiB)")
     advice = f"set {', then '.join(steps)}" if steps else "no key of the recipe makes it smaller"
     if not best.fits:
         advice += f"; that is not enough: take GPUs of {_needed(best):.0f} GiB (memory.gpu_gib)"
@@ -135,7 +141,7 @@ def _best_turn(plan: Plan, knobs: Sequence[tuple[str, Any]]) -> tuple[str, Any, 
     options = [
         (key, value, make_plan(turned(plan.recipe, key, value), plan.size))
         for key, value in knobs
-        if _current(plan.recipe, key) != value and _applies(plan, key)
+        if _current(plan.recipe, key) != value and _applies(plan, key, value)
     ]
     best = min(options, key=lambda option: option[2].peak.total, default=None)
     return best if best is not None and best[2].peak.total < plan.peak.total else None
@@ -152,11 +158,13 @@ def _current(recipe: Recipe, key: str) -> Any:
     return value
 
 
-def _applies(plan: Plan, key: str) -> bool:
+def _applies(plan: Plan, key: str, value: Any) -> bool:
     if key == "zero_stage":
+        if value == 3 and (plan.recipe.roles.kind == "lora" or plan.recipe.compile):
+            return False
         trained = (getattr(plan.recipe.optimizers, name) for name in TRAINED[plan.recipe.method])
         matrices = any(optimizer.name == "muon" for optimizer in trained)  # ZeRO cuts them
-        return plan.gpus > 1 and plan.recipe.zero_stage < 2 and not matrices
+        return plan.gpus > 1 and plan.recipe.zero_stage < value and not matrices
     if key == "rollout.micro_groups":
         return plan.recipe.method != "sft"
     batch = plan.recipe.memory.decode_batch

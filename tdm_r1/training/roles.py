@@ -20,6 +20,7 @@ from tdm_r1.errors import ConfigError
 from tdm_r1.models import lora
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.layers import Transformer
+from tdm_r1.training import distributed
 
 TRAINED = {
     "sft": ("generator",),
@@ -45,7 +46,9 @@ class Role(nn.Module):
         self._shared = (transformer,)  # a tuple hides the module from registration
         self.adapter = adapter
         self.bf16 = bf16
-        self.own = nn.ParameterList(self.tensors().values())
+        # Its own, not a child's: ZeRO-3 gathers what a module itself has, before its forward.
+        for index, tensor in enumerate(self.tensors().values()):
+            self.register_parameter(f"own_{index}", tensor)
 
     @property
     def transformer(self) -> Transformer:
@@ -59,10 +62,14 @@ class Role(nn.Module):
 
     @contextmanager
     def active(self) -> Iterator[Transformer]:
-        """The transformer as this role: adapter chosen, autocast entered."""
+        """The transformer as this role: weights whole, adapter chosen, autocast entered."""
         lora.set_adapter(self.transformer, self.adapter)
-        with self.precision():
+        with self.gathered(), self.precision():
             yield self.transformer
+
+    def gathered(self) -> AbstractContextManager:
+        """What this role owns, whole on every rank while inside: `distributed.gathered`."""
+        return distributed.gathered(self.parameters())
 
     def precision(self) -> AbstractContextManager:
         """Autocast to bf16, or nothing."""
@@ -80,9 +87,10 @@ class Role(nn.Module):
     def sha256(self) -> str:
         """Hash of `tensors()`, names and bytes."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.tensors().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        with self.gathered():
+            for name, tensor in sorted(self.tensors().items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -92,7 +100,7 @@ def stacked(rows: Sequence[tuple[Role, int]]) -> Iterator[Transformer]:
     first = rows[0][0]
     assert all(role.transformer is first.transformer for role, _ in rows)
     lora.set_rows(first.transformer, [(role.adapter, count) for role, count in rows])
-    with first.precision():
+    with first.gathered(), first.precision():
         yield first.transformer
 
 
@@ -105,12 +113,13 @@ def build_roles(
     bf16: bool,
     ema_reference: bool = False,
     checkpoint_blocks: bool = False,
+    cut: bool = False,
 ) -> dict[str, Role]:
     """All roles of a method over `base` (trainable modules, nothing packed), and "base" itself.
 
     What a role owns is fp32 whatever the base is stored in. `few_step` is the LoRA that makes the
     base a few-step model: the generator starts from it, the fake score and the surrogate start from
-    the base.
+    the base. `cut` (ZeRO-3) leaves each rank its share of every full copy, one copy at a time.
     """
     names = (*TRAINED[method], *COPIES[method], *(("reference",) if ema_reference else ()))
     base.requires_grad_(False)
@@ -126,6 +135,8 @@ def build_roles(
         if few_step and origin == "generator":
             lora.merge_lora(transformer, few_step)
         roles[name] = Role(name, transformer, None, bf16)
+        if cut:
+            distributed.cut(roles[name])
     if adapters:
         targets = config.targets or lora.TARGETS[base.family]
         lora.inject(base, adapters, rank=config.rank, alpha=config.alpha, targets=targets)
@@ -169,10 +180,14 @@ def _start_from(role: Role, few_step: dict[str, lora.LoraTensors]) -> None:
 
 @torch.no_grad()
 def follow(copy_: Role, origin: Role, rate: float) -> None:
-    """copy <- copy + rate (origin - copy), tensor by tensor; rate 1 copies bit for bit."""
+    """copy <- copy + rate (origin - copy), tensor by tensor; rate 1 copies bit for bit.
+
+    Both roles are cut alike, if they are: every rank moves its own share.
+    """
     source = origin.tensors()
     for name, tensor in copy_.tensors().items():
+        mine, towards = distributed.held(tensor), distributed.held(source[name])
         if rate == 1.0:
-            tensor.copy_(source[name])
+            mine.copy_(towards)
         else:
-            tensor.lerp_(source[name], rate)
+            mine.lerp_(towards, rate)

@@ -19,19 +19,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Optimizers = Mapping[str, tuple[dict[str, Tensor], list[int]]]
 
-
-def take(
-    trainer: Trainer, optimizers: Optimizers
-) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+def take(trainer: Trainer) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
     """(tensors, state) for `save_checkpoint`: roles, copies, optimizers, position, evaluations.
 
-    `optimizers`: `distributed.optimizer_state` of every engine, which takes all ranks to gather.
+    Every rank calls it, to gather what ZeRO has cut; only rank 0 gets the tensors.
     Noise and steps are pure functions of seed, iteration and group, so that no generator is stored.
     """
     tensors: dict[str, Mapping[str, Tensor]] = {
-        name: role.tensors() for name, role in trainer.roles.items() if name != "base"
+        name: distributed.whole(role.tensors())
+        for name, role in trainer.roles.items()
+        if name != "base"
     }
     state: dict[str, Any] = {
         "iteration": trainer.iteration,
@@ -40,9 +38,9 @@ def take(
         "history": trainer.history.state(),
         "method": trainer.method.state() if hasattr(trainer.method, "state") else {},
     }
-    for name, (moments, steps) in optimizers.items():
-        tensors[f"optimizer-{name}"] = moments
-        state[f"optimizer-{name}"] = steps
+    for name, engine in trainer.engines.items():
+        key = f"optimizer-{name}"
+        tensors[key], state[key] = distributed.optimizer_state(engine)
     return tensors, state
 
 
@@ -78,7 +76,7 @@ def load_role(role: Role, tensors: Mapping[str, Tensor], path: Path) -> None:
     if set(own) != set(tensors):
         raise LoadError(f"{path}: role {role.name} does not match this recipe's roles")
     for name, tensor in own.items():
-        shape, wanted = list(tensors[name].shape), list(tensor.shape)
+        shape, wanted = list(tensors[name].shape), list(getattr(tensor, "ds_shape", tensor.shape))
         if shape != wanted:
             raise LoadError(f"{path}: {role.name}.{name} is {shape}, not {wanted}")
-        tensor.copy_(tensors[name])
+        distributed.held(tensor).copy_(distributed.share(tensor, tensors[name]))

@@ -8,6 +8,7 @@ share: `queries.py`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +97,8 @@ class Tdm:
         parts = [groups[i : i + count] for i in range(0, len(groups), count)]
         batches, fault = [], None
         try:
-            batches = [self._trajectories(part) for part in parts]
+            with self.trainer.roles["generator"].gathered():  # once for the phase, by every rank
+                batches = [self._trajectories(part) for part in parts]
         except NumericsError as error:  # the other ranks go on to the next collective
             fault = f"a rollout: {error}"
         if found := [fault for fault in distributed.gather(fault) if fault is not None]:
@@ -225,7 +227,9 @@ class Tdm:
                 put("surrogate_c", "surrogate", pull)
             if pull is not judged and pull is not distil:
                 put("base_r", "base", pull)
-        with self.clock.phase("queries"):
+        # Every rank has to gather a role, also one whose own boundary does not ask it.
+        surrogate = roles["surrogate"].gathered() if self.reinforced else nullcontext()
+        with self.clock.phase("queries"), surrogate:
             v = dict(zip(asked, ask(self.engine, list(asked.values())), strict=True))
         if pull is judged and judged is not None:
             v["base_r"] = v["base_j"]

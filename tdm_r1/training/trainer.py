@@ -30,7 +30,7 @@ from tdm_r1.training.evaluate import Evaluator
 from tdm_r1.training.history import History
 from tdm_r1.training.offload import Offload
 from tdm_r1.training.progress import Progress
-from tdm_r1.training.roles import build_roles, follow
+from tdm_r1.training.roles import Role, build_roles, follow
 from tdm_r1.training.rollout import describe
 from tdm_r1.training.sft import Sft
 from tdm_r1.training.tdm import Tdm
@@ -88,6 +88,7 @@ class Trainer:
             bf16=bf16,
             ema_reference=recipe.reinforcement.reference == "ema",
             checkpoint_blocks=recipe.memory.checkpoint_blocks,
+            cut=recipe.zero_stage == 3,
         )
         self.engine = Engine(
             self.pipeline, steps=recipe.rollout.steps, solver=recipe.rollout.solver
@@ -240,13 +241,15 @@ class Trainer:
         """Rank 0 evaluates; every rank learns the result, or what went wrong."""
         result: dict[str, Any] = {}
         failure: Exception | None = None
-        if distributed.rank() == 0:
-            try:
-                with self.scoring():
-                    result, sample = self.evaluator.run(self.roles["ema"])
-                progress.evaluation(self.iteration, result, sample)
-            except Exception as error:  # the other ranks wait below
-                failure = error
+        ema = self.roles["ema"]
+        with ema.gathered():
+            if distributed.rank() == 0:
+                try:
+                    with self.scoring():
+                        result, sample = self.evaluator.run(ema)
+                    progress.evaluation(self.iteration, result, sample)
+                except Exception as error:  # the other ranks wait below
+                    failure = error
         try:
             self._fail_together(failure, "evaluation")
         except RewardError:
@@ -272,13 +275,10 @@ class Trainer:
 
         Raises SaveError on rank 0, TdmError on the others, if the disk does not take it.
         """
-        optimizers = {
-            name: distributed.optimizer_state(engine) for name, engine in self.engines.items()
-        }
+        tensors, state = snapshot.take(self)
         failure: Exception | None = None
         if distributed.rank() == 0:
             try:
-                tensors, state = snapshot.take(self, optimizers)
                 path = checkpoint.checkpoint_path(self.output, self.iteration)
                 keep, best = self.recipe.keep_checkpoints, self._best_checkpoint()
                 checkpoint.save_checkpoint(path, tensors, state, keep_last=keep, keep=best)
@@ -305,18 +305,22 @@ class Trainer:
 
     def export(self) -> None:
         """Write the EMA generator in fp16: a LoRA file, or a whole model directory."""
-        if distributed.rank() == 0:
-            ema = self.roles["ema"]
-            if ema.adapter is not None:
-                save_lora(self.output, ema.transformer, ema.adapter, dtype=torch.float16)
-            else:
-                target = self.output / "model"
-                ignore = shutil.ignore_patterns(
-                    "transformer", "*.md", "card.json", "pytorch_lora_weights.safetensors"
-                )
-                shutil.copytree(self.pipeline.path, target, dirs_exist_ok=True, ignore=ignore)
-                save_transformer(ema.transformer, target / "transformer", dtype=torch.float16)
+        ema = self.roles["ema"]
+        with ema.gathered():
+            if distributed.rank() == 0:
+                self._write_model(ema)
         distributed.barrier()
+
+    def _write_model(self, ema: Role) -> None:
+        if ema.adapter is not None:
+            save_lora(self.output, ema.transformer, ema.adapter, dtype=torch.float16)
+            return
+        target = self.output / "model"
+        ignore = shutil.ignore_patterns(
+            "transformer", "*.md", "card.json", "pytorch_lora_weights.safetensors"
+        )
+        shutil.copytree(self.pipeline.path, target, dirs_exist_ok=True, ignore=ignore)
+        save_transformer(ema.transformer, target / "transformer", dtype=torch.float16)
 
 
 def learning_rate(config: Optimizer, iteration: int, total: int) -> float:

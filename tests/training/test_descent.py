@@ -63,6 +63,7 @@ def poison(monkeypatch, loss, when, value):
         ("lora", 0, "surrogate_loss", math.nan),
         ("full", 1, "fake_loss", math.inf),
         ("full", 2, "generator_loss", math.nan),
+        pytest.param("full", 3, "surrogate_loss", math.nan, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(

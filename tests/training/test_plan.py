@@ -231,18 +231,36 @@ def test_zero_is_no_advice_for_muon_or_one_gpu():
     ):
         with pytest.raises(ConfigError) as caught:
             plan.require_fit(plan.make_plan(made))
-        assert ("zero_stage=2" in str(caught.value)) == advised
+        assert ("zero_stage=3" in str(caught.value)) == advised
+    cut = load_recipe("sd35m-ocr-full", ["memory.gpu_gib=24", "zero_stage=3"])
+    with pytest.raises(ConfigError, match="set roles.kind=lora with zero_stage=2"):
+        plan.require_fit(plan.make_plan(cut))
+    adapters = load_recipe("sd35m-ocr", ["memory.gpu_gib=8"])
+    with pytest.raises(ConfigError) as caught:
+        plan.require_fit(plan.make_plan(adapters))
+    assert "zero_stage=3" not in str(caught.value)
 
 
-def test_zero_cuts_optimizer_and_gradients():
+def test_zero_cuts_optimizer_gradients_and_weights():
     full = load_recipe("sd35m-ocr-full")
-    by_stage = {
-        stage: plan.make_plan(replace(full, zero_stage=stage)).phases[-1].parts for stage in (0, 2)
-    }
+    plans = {stage: plan.make_plan(replace(full, zero_stage=stage)) for stage in (0, 2, 3)}
+    by_stage = {stage: made.phases[-1].parts for stage, made in plans.items()}
     trained = 3 * 2_243_171_520
     assert by_stage[0]["optimizer"] == 8 * trained and by_stage[0]["gradients"] == 4 * trained
     assert by_stage[2]["optimizer"] == 12 * trained / 8
     assert by_stage[2]["gradients"] == pytest.approx(4 * trained / 8 + 2e9)
+    for name in ("optimizer", "gradients", "kept", "base"):
+        assert by_stage[3][name] == by_stage[2][name], name
+    one, table = trained // 3, 4 * 5 * plans[3].size.buffers
+    assert by_stage[2]["roles"] == 4 * 5 * one + table
+    assert by_stage[3]["roles"] == 4 * 5 * one / 8 + table
+    gathered = {phase.name: phase.parts.get("gathered", 0) / one for phase in plans[3].phases}
+    assert gathered == {
+        "encode prompts": 0, "evaluate": 4, "roll out": 4, "decode and score": 0, "ask": 8,
+        "train": 4,
+    }  # fmt: skip
+    assert not any(phase.parts.get("gathered") for phase in plans[2].phases)
+    plan.require_fit(plan.make_plan(plan.turned(plans[3].recipe, "memory.gpu_gib", 79.0)))
 
 
 def test_an_unknown_gpu_refuses_nothing():

@@ -144,7 +144,7 @@ def test_a_bf16_base_still_trains_fp32_adapters(sd3_dir):
     fake(
         torch.randn(2, 16, 8, 8), torch.tensor([900.0, 30.0]), condition("sd3", 2)
     ).sum().backward()
-    grads = [p.grad for p in fake.own if p.grad is not None]
+    grads = [p.grad for p in fake.parameters() if p.grad is not None]
     assert grads and {g.dtype for g in grads} == {torch.float32}
     assert all(g.isfinite().all() for g in grads) and any(g.any() for g in grads)
 

@@ -67,7 +67,7 @@ def test_training_one_role_changes_no_other(kind, sd3_dir):
     roles = build(sd3_dir, kind)
     before = velocities(roles)
     hashes = {name: role.sha256() for name, role in roles.items()}
-    for tensor in roles["fake"].own:
+    for tensor in roles["fake"].parameters():
         tensor.data.add_(0.05)
     after = velocities(roles)
     for name in roles:
@@ -88,7 +88,7 @@ def test_only_the_trained_roles_want_gradients_and_each_registers_its_own(kind, 
 def test_follow_is_a_lerp(kind, sd3_dir):
     roles = build(sd3_dir, kind)
     old = {name: tensor.clone() for name, tensor in roles["lag"].tensors().items()}
-    for tensor in roles["surrogate"].own:
+    for tensor in roles["surrogate"].parameters():
         tensor.data.normal_()
     follow(roles["lag"], roles["surrogate"], 0.25)
     new = roles["surrogate"].tensors()
