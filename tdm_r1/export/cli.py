@@ -44,10 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--heights", **sizes, help="pixels (default: half to 1.5 times the model's own)")
     add("--widths", **sizes, help="pixels (default: as for --heights)")
     add("--text", **sizes, help="tokens: of SD3 those of T5, of Z-Image those of the prompt")
+    precision = "of weights and products: fp32, bf16 or fp16 (default: %(default)s)"
+    add("--precision", default="fp32", help=precision)
     add("--trt", action="store_true", help="build TensorRT engines too; needs no GPU")
     trt = parser.add_argument_group("with --trt").add_argument
     trt("--runtime", help="tensorrt-rtx (the default)")
-    trt("--precision", help="fp32 (the default)")
     capability: dict[str, Any] = {"nargs": "+", "metavar": "X.Y"}
     trt("--compute-capability", **capability, help="of the GPUs (default: 8.9 12.0)")
     add("--traceback", action="store_true", help="show where an error came from")
@@ -61,13 +62,12 @@ def _export(arguments: argparse.Namespace) -> int:
 
     chosen = {
         "runtime": arguments.runtime,
-        "precision": arguments.precision,
         "compute_capabilities": arguments.compute_capability
         and tuple(arguments.compute_capability),
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if chosen and not arguments.trt:
-        raise ConfigError("--runtime, --precision and --compute-capability go with --trt")
+        raise ConfigError("--runtime and --compute-capability go with --trt")
     axes = {
         name: tuple(ends)
         for name, ends in (
@@ -86,6 +86,7 @@ def _export(arguments: argparse.Namespace) -> int:
         lora=arguments.lora,
         steps=arguments.steps,
         solver=arguments.solver,
+        precision=arguments.precision,
         target=Target(**chosen) if arguments.trt else None,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,13 @@ def load_exported(
         raise ConfigError(
             f"dtype is {str(dtype)!r}; allowed with backend='onnx': 'auto', 'float32'"
         )
-    return open_parts(root, read_manifest(root))
+    manifest = read_manifest(root)
+    if manifest.precision == "bf16":
+        raise ConfigError(
+            f"{root} is in bf16, whose matrices ONNX Runtime does not multiply on a CPU;"
+            " `tdm-r1-export --precision fp32` makes graphs that it runs"
+        )
+    return open_parts(root, manifest)
 
 
 def _why_no_engine(root: Path) -> str:
@@ -64,8 +71,13 @@ def _why_no_engine(root: Path) -> str:
 
 
 def open_parts(root: Path, manifest: Manifest) -> Pipeline:
-    """Open the graphs of `manifest` in `root`, without checking the files."""
+    """Open the graphs of `manifest` in `root` on ONNX Runtime, without checking the files."""
     graphs = {name: Session(root / graph["file"]) for name, graph in manifest.graphs.items()}
+    return assemble(root, manifest, graphs)
+
+
+def assemble(root: Path, manifest: Manifest, graphs: Mapping[str, Any]) -> Pipeline:
+    """Make a Pipeline of the opened graphs of `manifest`, called as `Session` is."""
     config = CLASSES[manifest.transformer["_class_name"]][0].from_dict(manifest.transformer)
     transformer: ExportedTransformer
     if manifest.family == "sd3":
@@ -89,7 +101,7 @@ def open_parts(root: Path, manifest: Manifest) -> Pipeline:
 class ExportedVAE(VAE):
     """The decoder of a VAE as a graph."""
 
-    def __init__(self, manifest: Manifest, graph: Session) -> None:
+    def __init__(self, manifest: Manifest, graph: Any) -> None:
         self.manifest, self.graph = manifest, graph
         self.latent_channels = manifest.vae["latent_channels"]
         self.scale_factor = manifest.vae["scale_factor"]
@@ -107,7 +119,7 @@ class ExportedVAE(VAE):
         raise ConfigError("an export holds the VAE's decoder only, and cannot encode images")
 
 
-def _text_encoder(root: Path, manifest: Manifest, graphs: dict[str, Session]) -> TextEncoder:
+def _text_encoder(root: Path, manifest: Manifest, graphs: Mapping[str, Any]) -> TextEncoder:
     def pair(suffix: str, axis: str | None = None) -> tuple:
         graph = graphs[f"text_encoder{suffix}"]
         return load_tokenizer(root / f"tokenizer{suffix}"), _features(graph, manifest, axis)
@@ -124,7 +136,7 @@ def _text_encoder(root: Path, manifest: Manifest, graphs: dict[str, Session]) ->
     )
 
 
-def _features(graph: Session, manifest: Manifest, axis: str | None) -> Callable:
+def _features(graph: Any, manifest: Manifest, axis: str | None) -> Callable:
     """A text encoder's graph as `text` calls it: any number of prompts, in parts that fit."""
 
     def run(ids_BT: Tensor) -> Tensor | tuple[Tensor, ...]:

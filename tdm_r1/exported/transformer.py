@@ -10,7 +10,7 @@ are constants in it, and so is all that follows from them alone. `transformer` r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from tdm_r1.errors import ConfigError
 from tdm_r1.exported.manifest import Manifest
-from tdm_r1.exported.session import Session
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.layers import Transformer
 from tdm_r1.models.sd3 import check_condition
@@ -32,7 +31,7 @@ class ExportedTransformer(Transformer):
 
     recordable = ()
 
-    def __init__(self, config: Any, head_dim: int, manifest: Manifest, graphs: dict[str, Session]):
+    def __init__(self, config: Any, head_dim: int, manifest: Manifest, graphs: Mapping[str, Any]):
         super().__init__()
         self.config, self.manifest = config, manifest
         self.encode, self.step = graphs["context"], graphs["transformer"]

@@ -150,7 +150,7 @@ def write_small(path, op: str):
 class TestBuilding:
     profile = {"x": [[1, 4, 4], [2, 4, 4], [3, 4, 4]]}
 
-    def build(self, root, op="Exp", target=None, profile=None, say=print) -> dict[str, int]:
+    def build(self, root, op="Exp", target=None, profile=None, say=print) -> dict:
         graph = write_small(root / "part.onnx", op)
         engine = root / "part.engine"
         return build_engine(graph, engine, profile or self.profile, target or Target(), say)
@@ -162,7 +162,7 @@ class TestBuilding:
             "create_builder_config",
             lambda self: configs.append(create(self)) or configs[-1],
         )
-        assert self.build(tmp_path) == {"FLOAT": 2}
+        assert self.build(tmp_path) == {"ACTIVATION": {"FLOAT": 1}, "UNARY": {"FLOAT": 1}}
         assert (tmp_path / "part.engine").stat().st_size > 1000
         (config,) = configs
         found = [config.get_compute_capability(i) for i in range(config.num_compute_capabilities)]
@@ -229,9 +229,8 @@ class TestBuilding:
                 r"--compute-capability is '9.0'; TensorRT-RTX .* builds for .*8\.9, 12\.0",
             ),
             (("--trt", "--compute-capability", "8.9", "8.9"), "is 8.9 8.9; allowed: each once"),
-            (("--trt", "--precision", "bf16"), "--precision is 'bf16'; allowed: 'fp32'"),
             (("--trt", "--runtime", "tensorrt"), "'tensorrt'; allowed: 'tensorrt-rtx'"),
-            (("--precision", "fp32"), "--precision and --compute-capability go with --trt"),
+            (("--runtime", "tensorrt-rtx"), "--runtime and --compute-capability go with --trt"),
         ],
     )
     def test_options(self, capsys, tmp_path, sd3_dir, options, message):
