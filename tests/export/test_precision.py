@@ -122,6 +122,27 @@ def test_weights_are_copied_as_they_were_rounded(sd3_dir):
     assert torch.float16 in dtypes
 
 
+def test_the_rule_of_half_precision(sd3_dir):
+    low, other = (
+        Engine.from_pretrained(sd3_dir, device="cpu", dtype="bfloat16", backend=backend)
+        for backend in ("auto", "reference")
+    )
+    exact = Engine.from_pretrained(sd3_dir, device="cpu")
+    precision.copy_weights(low.pipeline, exact.pipeline)
+    axes = {"batch": (1, 1), "height": (32, 32), "width": (48, 48), "text": (2, 24)}
+    found = parity.check(exact, other, axes, low)["worst"]["transformer"]
+    assert 1e-4 < found["error"] <= found["allowed"]
+    with pytest.raises(ExportError, match="differs from the Engine: .*; allowed: 2.4e-07"):
+        parity.check(exact, low, axes, exact)  # one without error, which allows none but 2 ulp
+
+
+def test_the_error_of_a_loop_is_a_mean():
+    exact, ours = torch.tensor([3.0, -4.0]), torch.tensor([3.0, -3.0])
+    assert parity._error(ours, exact) == 0.25
+    assert parity._error(ours, exact, mean=True) == pytest.approx(0.2)
+    assert parity._error(ours * torch.nan, exact, mean=True) == float("inf")
+
+
 @pytest.fixture(scope="module")
 def bf16_export(tmp_path_factory, sd3_dir):
     """A random SD3 in bf16 by the command line."""
