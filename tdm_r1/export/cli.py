@@ -35,7 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, help="shipped name, directory or Hub id")
-    add("--output", required=True, type=Path, metavar="DIR", help="directory to make")
+    add("--output", type=Path, metavar="DIR", help="directory to make")
+    dry = "trace a published transformer at full size, without weights, and stop"
+    add("--dry-run", action="store_true", help=dry)
     add("--lora", metavar="FILE", help="LoRA to merge, diffusers or PEFT layout")
     add("--steps", type=int, default=4, help="of the schedule (default: %(default)s)")
     add("--solver", default="auto", help="auto, euler or dpm2m (default: %(default)s)")
@@ -79,6 +81,10 @@ def _export(arguments: argparse.Namespace) -> int:
     }
     if arguments.batch is not None:
         axes["batch"] = (1, arguments.batch)
+    if arguments.dry_run:
+        return _dry_run(arguments, axes)
+    if arguments.output is None:
+        raise ConfigError("--output is missing; allowed without it: --dry-run")
     export_model(
         arguments.model,
         arguments.output,
@@ -91,6 +97,22 @@ def _export(arguments: argparse.Namespace) -> int:
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(arguments.output)
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace, axes: dict[str, tuple[int, int]]) -> int:
+    from tdm_r1.export.dry_run import dry_run
+
+    given = {"--output": arguments.output, "--lora": arguments.lora, "--trt": arguments.trt}
+    if unused := [option for option, value in given.items() if value]:
+        raise ConfigError(f"{unused[0]} does not go with --dry-run, which writes nothing")
+    dry_run(
+        arguments.model,
+        axes=axes,
+        steps=arguments.steps,
+        precision=arguments.precision,
+        say=lambda line: print(line, flush=True),
+    )
     return 0
 
 

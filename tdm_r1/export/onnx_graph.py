@@ -72,6 +72,18 @@ def describe(node: Any) -> str:
     return f"{node.op_type} (node {node.name!r} in module {module or '(root)'!r})"
 
 
+def count_nodes(graph: Graph, opset: int | None) -> tuple[int, dict[str, list[int | str]]]:
+    """Trace and translate `graph`, of tensors without memory; returns its nodes and its inputs.
+
+    Constants are not folded, there being none. Raises ExportError as `write_graph` does.
+    """
+    with _quiet():
+        model = _translate(graph, _trace(graph), opset, optimize=False).model
+    inputs = _axes(model.graph.inputs)
+    _check_dynamic(graph, inputs)
+    return sum(1 for _ in model.graph.all_nodes()), inputs
+
+
 def _trace(graph: Graph) -> torch.export.ExportedProgram:
     module = graph.module.eval()
     try:
@@ -83,12 +95,15 @@ def _trace(graph: Graph) -> torch.export.ExportedProgram:
         raise ExportError(f"{graph.name} cannot be traced: {reason}") from error
 
 
-def _translate(graph: Graph, traced: torch.export.ExportedProgram, opset: int | None) -> Any:
+def _translate(
+    graph: Graph, traced: torch.export.ExportedProgram, opset: int | None, *, optimize: bool = True
+) -> Any:
     try:
         return torch.onnx.export(
             traced,
             dynamo=True,
             opset_version=opset,
+            optimize=optimize,
             verbose=False,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
