@@ -8,6 +8,7 @@ import sys
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -181,6 +182,29 @@ class TestBuilding:
         message = r"part: TensorRT-RTX cannot take Det \(node 'node_second'\): UNSUPPORTED_NODE"
         with pytest.raises(ExportError, match=message):
             self.build(tmp_path, op="Det")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU cannot do")
+    def test_no_refittable_engine_without_a_gpu(self, trt, tmp_path, monkeypatch):
+        # The day this fails, LoRAs can be swapped in engines that are built ahead of time.
+        create = trt.Builder.create_builder_config
+
+        def refittable(builder):
+            config = create(builder)
+            config.set_flag(trt.BuilderFlag.REFIT)
+            return config
+
+        monkeypatch.setattr(trt.Builder, "create_builder_config", refittable)
+        graph = write_small(tmp_path / "part.onnx", "Exp")
+        model = onnx.load(graph)
+        weight = onnx.numpy_helper.from_array(np.eye(4, dtype=np.float32), "weight")
+        model.graph.initializer.append(weight)
+        model.graph.node[1].CopyFrom(onnx.helper.make_node("MatMul", ["h", "weight"], ["y"]))
+        onnx.save(model, graph)
+        build = graph, tmp_path / "part.engine", self.profile
+        with pytest.raises(ExportError, match="cannot build the engine: .*CUDA_SUCCESS"):
+            build_engine(*build, Target(("8.9",)), print)
+        monkeypatch.undo()
+        assert build_engine(*build, Target(("8.9",)), print)["MATRIX_MULTIPLY"] == {"FLOAT": 1}
 
     def test_a_file_that_is_no_graph(self, tmp_path):
         with pytest.raises(ExportError, match="absent: TensorRT-RTX cannot take the graph: "):
