@@ -158,7 +158,7 @@ def joint_attention(
         keys_S = torch.arange(k_BSNH.shape[1], device=lengths_B.device)
         mask_B11S = (keys_S < lengths_B[:, None])[:, None, None]
     half = q_BTNH.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    if q_BTNH.device.type != "cpu" or not half:
+    if q_BTNH.device.type != "cpu" or not half or torch.compiler.is_exporting():
         return _attend(q_BTNH, k_BSNH, v_BSNH, mask_B11S)
     # On the CPU half precision only costs: the bf16 backward measured 4x slower than fp32.
     with torch.autocast("cpu", enabled=False):

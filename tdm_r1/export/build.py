@@ -19,8 +19,9 @@ from tdm_r1 import __version__
 from tdm_r1.engine import Engine
 from tdm_r1.errors import ConfigError
 from tdm_r1.export.graphs import Axes, make_graphs, traceable
-from tdm_r1.export.onnx_graph import check_installed, write_graph
+from tdm_r1.export.onnx_graph import LOW_OPSET, check_installed, write_graph
 from tdm_r1.export.parity import check
+from tdm_r1.export.precision import check_low, check_precision, copy_weights, load_low
 from tdm_r1.export.tensorrt import Target, build_engines
 from tdm_r1.exported.loading import open_parts
 from tdm_r1.exported.manifest import Manifest, write_manifest
@@ -44,12 +45,14 @@ def export_model(
     lora: str | Path | None = None,
     steps: int = 4,
     solver: str = "auto",
+    precision: str = "fp32",
     target: Target | None = None,
     say: Say = lambda line: None,
 ) -> Manifest:
     """Write the directory `output` for `Engine.from_pretrained(output, backend="onnx")`.
 
-    `model`, `lora`, `steps` and `solver` as in `Engine.from_pretrained`; the graphs are fp32.
+    `model`, `lora`, `steps` and `solver` as in `Engine.from_pretrained`. `precision` is that of
+    weights, products and what lies between: fp32, bf16 or fp16. The graphs take and return fp32.
     `axes` replaces some of `default_axes`. With a `target`, TensorRT engines are built from the
     graphs once these have passed the gate. `say` hears of the progress. Everything is written
     beside `output` under another name, which is given to it at the very end: what is not whole is
@@ -62,26 +65,36 @@ def export_model(
     output = Path(output).expanduser()
     if output.exists():
         raise ConfigError(f"--output is {str(output)!r}, which exists; choose another or remove it")
+    check_precision(precision)
     check_installed()
     import_runtime()  # the gate needs it: better said before the work than after
     if target is not None:
         target.check()
     pipeline = load_pipeline(model, lora=lora, device="cpu", dtype="float32")
     engine = Engine(pipeline, steps=steps, solver=solver)
+    low = None
+    if precision != "fp32":
+        low = Engine(load_low(model, lora, precision), steps=steps, solver=solver)
+        copy_weights(low.pipeline, pipeline)
     chosen = {**default_axes(pipeline), **(axes or {})}
     check_axes(pipeline, chosen)
     with written_whole(output) as root:
-        graphs = _write_graphs(engine, chosen, root, say)
+        graphs = _write_graphs(low or engine, chosen, root, say)
         for folder in pipeline.path.glob("tokenizer*"):
             shutil.copytree(folder, root / folder.name)
-        manifest = _manifest(engine, chosen, graphs, root)
+        manifest = replace(_manifest(engine, chosen, graphs, root), precision=precision)
         started = time.perf_counter()
-        exported = Engine(open_parts(root, manifest), steps=steps, solver=solver)
-        manifest = replace(manifest, parity=check(engine, exported, chosen))
-        worst = max(found["error"] for found in manifest.parity["worst"].values())
-        say(f"parity with the Engine: {worst:.1e}, {time.perf_counter() - started:.0f} s")
+        if low is None:
+            exported = Engine(open_parts(root, manifest), steps=steps, solver=solver)
+            parity = check(engine, exported, chosen)
+        else:
+            parity = check_low(engine, low, root, manifest, chosen)
+        manifest = replace(manifest, parity=parity)
+        took = time.perf_counter() - started
+        say(f"parity with the Engine: {_worst(parity)}, {took:.0f} s")
         if target is not None:
             engines = build_engines(root, manifest.graphs, target, say)
+            engines["precision"] = precision
             names = [part["file"] for part in engines["parts"].values()]
             files = {**manifest.files, **{name: sha256(root / name) for name in names}}
             manifest = replace(manifest, engines=engines, files=files)
@@ -152,13 +165,26 @@ def _limits(pipeline: Pipeline) -> tuple[int, tuple[int, int], int]:
 def _write_graphs(engine: Engine, axes: Axes, root: Path, say: Say) -> dict[str, dict]:
     written = {}
     with torch.no_grad(), traceable(engine.pipeline.transformer):
-        for graph in make_graphs(engine, axes):
+        low = engine.pipeline.transformer.dtype != torch.float32
+        for graph in make_graphs(engine.pipeline, engine.schedule.timesteps, axes):
             started = time.perf_counter()
-            written[graph.name] = write_graph(graph, root)
+            written[graph.name] = write_graph(graph, root, LOW_OPSET if low else None)
             size = sum(path.stat().st_size for path in root.glob(f"{graph.name}.onnx*"))
             took = time.perf_counter() - started
             say(f"{graph.name}: {size / 1e6:.1f} MB, {took:.0f} s")
     return written
+
+
+def _worst(parity: dict[str, Any]) -> str:
+    """The largest errors as a user is told of them."""
+    line = f"{max(found['error'] for found in parity['worst'].values()):.1e}"
+    if "rounded" in parity:
+        found = max(parity["rounded"]["worst"].values(), key=lambda f: f["error"] / f["allowed"])
+        line += (
+            f" unrounded; rounded at most {found['error']:.1e} where {found['allowed']:.1e} is"
+            f" allowed ({found['part']})"
+        )
+    return line
 
 
 def _manifest(engine: Engine, axes: Axes, graphs: dict[str, dict], root: Path) -> Manifest:

@@ -35,7 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, help="shipped name, directory or Hub id")
-    add("--output", required=True, type=Path, metavar="DIR", help="directory to make")
+    add("--output", type=Path, metavar="DIR", help="directory to make")
+    dry = "trace a published transformer at full size, without weights, and stop"
+    add("--dry-run", action="store_true", help=dry)
     add("--lora", metavar="FILE", help="LoRA to merge, diffusers or PEFT layout")
     add("--steps", type=int, default=4, help="of the schedule (default: %(default)s)")
     add("--solver", default="auto", help="auto, euler or dpm2m (default: %(default)s)")
@@ -44,10 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--heights", **sizes, help="pixels (default: half to 1.5 times the model's own)")
     add("--widths", **sizes, help="pixels (default: as for --heights)")
     add("--text", **sizes, help="tokens: of SD3 those of T5, of Z-Image those of the prompt")
+    precision = "of weights and products: fp32, bf16 or fp16 (default: %(default)s)"
+    add("--precision", default="fp32", help=precision)
     add("--trt", action="store_true", help="build TensorRT engines too; needs no GPU")
     trt = parser.add_argument_group("with --trt").add_argument
     trt("--runtime", help="tensorrt-rtx (the default)")
-    trt("--precision", help="fp32 (the default)")
     capability: dict[str, Any] = {"nargs": "+", "metavar": "X.Y"}
     trt("--compute-capability", **capability, help="of the GPUs (default: 8.9 12.0)")
     add("--traceback", action="store_true", help="show where an error came from")
@@ -61,13 +64,12 @@ def _export(arguments: argparse.Namespace) -> int:
 
     chosen = {
         "runtime": arguments.runtime,
-        "precision": arguments.precision,
         "compute_capabilities": arguments.compute_capability
         and tuple(arguments.compute_capability),
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if chosen and not arguments.trt:
-        raise ConfigError("--runtime, --precision and --compute-capability go with --trt")
+        raise ConfigError("--runtime and --compute-capability go with --trt")
     axes = {
         name: tuple(ends)
         for name, ends in (
@@ -79,6 +81,10 @@ def _export(arguments: argparse.Namespace) -> int:
     }
     if arguments.batch is not None:
         axes["batch"] = (1, arguments.batch)
+    if arguments.dry_run:
+        return _dry_run(arguments, axes)
+    if arguments.output is None:
+        raise ConfigError("--output is missing; allowed without it: --dry-run")
     export_model(
         arguments.model,
         arguments.output,
@@ -86,10 +92,27 @@ def _export(arguments: argparse.Namespace) -> int:
         lora=arguments.lora,
         steps=arguments.steps,
         solver=arguments.solver,
+        precision=arguments.precision,
         target=Target(**chosen) if arguments.trt else None,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(arguments.output)
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace, axes: dict[str, tuple[int, int]]) -> int:
+    from tdm_r1.export.dry_run import dry_run
+
+    given = {"--output": arguments.output, "--lora": arguments.lora, "--trt": arguments.trt}
+    if unused := [option for option, value in given.items() if value]:
+        raise ConfigError(f"{unused[0]} does not go with --dry-run, which writes nothing")
+    dry_run(
+        arguments.model,
+        axes=axes,
+        steps=arguments.steps,
+        precision=arguments.precision,
+        say=lambda line: print(line, flush=True),
+    )
     return 0
 
 

@@ -7,7 +7,7 @@ channels, h w latent size, R C patch rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
-from tdm_r1.engine import Engine
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.layers import Transformer, patchify, timestep_features
 from tdm_r1.models.sd3 import SD3Transformer
@@ -68,7 +67,7 @@ class Graph:
 
     name: str
     module: nn.Module
-    inputs: dict[str, tuple[int | Axis, ...]]
+    inputs: Mapping[str, tuple[int | Axis, ...]]
     outputs: tuple[str, ...]
     ids: bool = False  # the input is int64
 
@@ -111,12 +110,32 @@ def traceable(transformer: Transformer) -> Iterator[None]:
         transformer.freeze()
 
 
-def make_graphs(engine: Engine, axes: Axes) -> Iterator[Graph]:
-    """Yield the graphs of an engine's model, transformer first, for `traceable` to surround."""
-    pipeline = engine.pipeline
+@contextmanager
+def in_fp32(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Hold the parameters of some modules of a model in fp32 for a while.
+
+    The schedule's embedded times are constants of a graph, so they need not be rounded. The model's
+    first parameter comes along, by which it tells its dtype.
+    """
+    parameters = [next(model.parameters()), *(p for module in modules for p in module.parameters())]
+    dtypes = [parameter.dtype for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in zip(parameters, dtypes, strict=True):
+            parameter.data = parameter.data.to(dtype)
+
+
+def make_graphs(pipeline: Pipeline, timesteps: tuple[float, ...], axes: Axes) -> Iterator[Graph]:
+    """Yield the graphs of a model for one schedule, for `traceable` to surround.
+
+    The transformer's two come first, and need no more of text encoders and VAE than their sizes.
+    """
     batch = Axis.ranging("batch", *axes["batch"], example=2, typical=1)
     family = _sd3 if pipeline.family == "sd3" else _zimage
-    yield from family(pipeline, engine.schedule.timesteps, axes, batch)
+    yield from family(pipeline, timesteps, axes, batch)
     latents = (batch, pipeline.vae.latent_channels, *_latent_axes(pipeline, axes))
     yield Graph(
         "vae_decoder", VAEDecoder(pipeline.vae), {"latents_BChw": latents}, ("images_B3HW",)
@@ -168,12 +187,12 @@ def _sd3(
     )
     for suffix, (_, features) in zip(("", "_2"), text.clips, strict=True):
         outputs = ("tokens_BTE", "pooled_BE")
-        yield Graph(f"text_encoder{suffix}", features, {"ids_BT": (batch, clip)}, outputs, ids=True)
+        inputs = {"ids_BT": (batch, clip)}
+        yield Graph(f"text_encoder{suffix}", encoder_module(features), inputs, outputs, ids=True)
     if text.t5 is not None:
         tokens = Axis.ranging("text", low, high, high)
-        yield Graph(
-            "text_encoder_3", text.t5[1], {"ids_BT": (batch, tokens)}, ("tokens_BTE",), ids=True
-        )
+        features, inputs = encoder_module(text.t5[1]), {"ids_BT": (batch, tokens)}
+        yield Graph("text_encoder_3", features, inputs, ("tokens_BTE",), ids=True)
 
 
 def _zimage(
@@ -216,9 +235,8 @@ def _zimage(
     )
     low, high = axes["text"]
     tokens = Axis.ranging("text", low, high, high, typical=TYPICAL_CAPTION)
-    yield Graph(
-        "text_encoder", text.features, {"ids_BT": (batch, tokens)}, ("tokens_BTE",), ids=True
-    )
+    features, inputs = encoder_module(text.features), {"ids_BT": (batch, tokens)}
+    yield Graph("text_encoder", features, inputs, ("tokens_BTE",), ids=True)
 
 
 class SD3Prompt(nn.Module):
@@ -229,13 +247,16 @@ class SD3Prompt(nn.Module):
     def __init__(self, model: SD3Transformer, timesteps: tuple[float, ...]) -> None:
         super().__init__()
         self.model = model
-        features = timestep_features(torch.tensor(timesteps)[:, None]).to(model.dtype)
-        self.register_buffer("time_K1D", model.time_text_embed.timestep_embedder(features))
+        embedder = model.time_text_embed.timestep_embedder
+        with in_fp32(model, [embedder]):
+            features = timestep_features(torch.tensor(timesteps)[:, None])
+            self.register_buffer("time_K1D", embedder(features))
 
     def forward(self, tokens_BTE: Tensor, pooled_BE: Tensor) -> tuple[Tensor, Tensor]:
-        model = self.model
-        pooled_BD = model.time_text_embed.text_embedder(pooled_BE)
-        return model.context_embedder(tokens_BTE), model.modulate(self.time_K1D + pooled_BD)
+        model, dtype = self.model, self.model.dtype
+        pooled_BD = model.time_text_embed.text_embedder(pooled_BE.to(dtype))
+        tokens_BTD = model.context_embedder(tokens_BTE.to(dtype)).float()
+        return tokens_BTD, model.modulate((self.time_K1D + pooled_BD).to(dtype))
 
 
 class SD3Step(nn.Module):
@@ -261,7 +282,7 @@ class SD3Step(nn.Module):
         position_nD = self.table_RCD[rows_R][:, cols_C].flatten(0, 1) + model.pos_embed.bias
         patches = patchify(x_BChw, p, model.dtype, channels_last=False)
         h_BnD = F.linear(patches, model.pos_embed.weight) + position_nD
-        return model.blocks(h_BnD, tokens_BTD, mod_MB1D)
+        return model.blocks(h_BnD, tokens_BTD.to(model.dtype), mod_MB1D).float()
 
 
 class ZImagePrompt(nn.Module):
@@ -274,7 +295,9 @@ class ZImagePrompt(nn.Module):
         self.model = model
         t_K1: Any = torch.tensor(timesteps)[:, None]
         no_context: Any = None  # the modulation of Z-Image is a function of time alone
-        self.register_buffer("table_KM11D", model.modulation(no_context, t_K1))
+        used = [model.t_embedder, model.all_final_layer, *model.siblings("modulation")]
+        with in_fp32(model, used):
+            self.register_buffer("table_KM11D", model.modulation(no_context, t_K1))
 
     def forward(
         self, tokens_BPE: Tensor, lengths_B: Tensor, rope_text_1P1H: Tensor
@@ -284,7 +307,7 @@ class ZImagePrompt(nn.Module):
         blocks = model.context_refiner
         plain = [None] * len(blocks)
         text_BPD = run_blocks(blocks, text_BPD, model.ops, rope_text_1P1H, None, plain)
-        return text_BPD, self.table_KM11D.clone()
+        return text_BPD.float(), self.table_KM11D.clone()
 
 
 class ZImageStep(nn.Module):
@@ -308,8 +331,8 @@ class ZImageStep(nn.Module):
         pads = model.x_pad_token.expand(h_BnD.shape[0], num_rows, -1)
         h_BID = torch.cat([h_BnD, pads], dim=1)[:, :num_rows]
         rope = torch.cat([rope_image_1I1H, rope_text_1P1H], dim=1)
-        context = ZImageContext(text_BPD, rope_image_1I1H, rope, None, 0)
-        return model.denoise(h_BID, context, mod_M11D, num_rows)
+        context = ZImageContext(text_BPD.to(model.dtype), rope_image_1I1H, rope, None, 0)
+        return model.denoise(h_BID, context, mod_M11D, num_rows).float()
 
 
 class VAEDecoder(nn.Module):
@@ -318,10 +341,49 @@ class VAEDecoder(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.decoder, self.first = vae.model.decoder, vae.model.post_quant_conv
-        self.scaling, self.shift = vae.scaling, vae.shift
+        self.scaling, self.shift, self.dtype = vae.scaling, vae.shift, vae.dtype
 
     def forward(self, latents_BChw: Tensor) -> Tensor:
-        z_BChw = latents_BChw / self.scaling + self.shift
+        z_BChw = (latents_BChw / self.scaling + self.shift).to(self.dtype)
         if self.first is not None:
             z_BChw = self.first(z_BChw)
-        return (self.decoder(z_BChw) * 0.5 + 0.5).clamp(0.0, 1.0)
+        return (self.decoder(z_BChw).float() * 0.5 + 0.5).clamp(0.0, 1.0)
+
+
+class LowText(nn.Module):
+    """A text encoder in half precision whose features leave in fp32, as every graph's outputs do.
+
+    Its activations compute in fp32, in place: PyTorch multiplies half precision by scalars such as
+    GELU's 0.044715 as they are, but in a graph they would be rounded like everything else.
+    """
+
+    def __init__(self, features: nn.Module) -> None:
+        super().__init__()
+        self.features = features
+        for module in list(features.modules()):
+            for name, child in list(module.named_children()):
+                if type(child).__module__ == "transformers.activations":
+                    setattr(module, name, InFP32(child))
+
+    def forward(self, ids_BT: Tensor) -> Any:
+        outputs = self.features(ids_BT)
+        if isinstance(outputs, tuple):
+            return tuple(output.float() for output in outputs)
+        return outputs.float()
+
+
+class InFP32(nn.Module):
+    """An activation that computes in fp32 whatever it is given."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(x.float()).to(x.dtype)
+
+
+def encoder_module(features: Any) -> nn.Module:
+    """Return what is traced of a text encoder: `features`, in half precision `LowText` of it."""
+    low = next(features.parameters()).dtype != torch.float32
+    return LowText(features) if low else features

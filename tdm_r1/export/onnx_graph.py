@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import re
 import warnings
@@ -15,6 +16,11 @@ import torch
 from tdm_r1.errors import ConfigError, ExportError
 from tdm_r1.export.graphs import Graph
 
+LOW_OPSET = 23  # in half precision: attention is one op there, whose scores are never rounded
+# Products that stay fp32 in half precision: a rotary table's angles, which no other dtype resolves.
+FULL_PRODUCTS = ("rotary_emb",)
+PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention")
+_SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter keeps the modules around a node
 _NODE = re.compile(r"translating node %(\w+)")
 _OP = re.compile(r"No ONNX function found for (.+?)\. Failure")
 
@@ -28,20 +34,23 @@ def check_installed() -> None:
         raise ConfigError("the export needs ONNX: pip install onnx onnxscript") from error
 
 
-def write_graph(graph: Graph, root: Path) -> dict[str, Any]:
+def write_graph(graph: Graph, root: Path, opset: int | None = None) -> dict[str, Any]:
     """Trace `graph` and write `root/<name>.onnx`, above 2 GB with its weights in a file beside it.
 
-    Returns its entry in the manifest. Raises ExportError for a module that cannot be traced, an op
-    that ONNX lacks (node and module are named), an op outside ONNX's own domain, and an axis that
-    came out fixed though it was to vary.
+    `opset` LOW_OPSET is for graphs in half precision. Returns its entry in the manifest. Raises
+    ExportError for a module that cannot be traced, an op that ONNX lacks (node and module are
+    named), an op outside ONNX's own domain, an axis that came out fixed though it was to vary, and
+    in half precision a product in fp32 that is not one of FULL_PRODUCTS.
     """
     import onnx
 
     path = root / f"{graph.name}.onnx"
     with _quiet(), torch.no_grad():
-        program = _translate(graph, _trace(graph))
+        program = _translate(graph, _trace(graph), opset)
         program.save(path)
-    onnx.checker.check_model(str(path))
+    onnx.checker.check_model(str(path), full_check=opset == LOW_OPSET)
+    if opset == LOW_OPSET:
+        _check_products(graph.name, program.model)
     nodes = program.model.graph.all_nodes()
     if foreign := sorted({f"{node.domain}::{node.op_type}" for node in nodes if node.domain}):
         raise ExportError(f"{graph.name} holds ops that are not ONNX's own: {', '.join(foreign)}")
@@ -56,6 +65,25 @@ def write_graph(graph: Graph, root: Path) -> dict[str, Any]:
     }
 
 
+def describe(node: Any) -> str:
+    """ "Op (node 'name' in module 'path')" of a node of the exporter's."""
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    module = scopes[-2] if len(scopes) > 1 else ""
+    return f"{node.op_type} (node {node.name!r} in module {module or '(root)'!r})"
+
+
+def count_nodes(graph: Graph, opset: int | None) -> tuple[int, dict[str, list[int | str]]]:
+    """Trace and translate `graph`, of tensors without memory; returns its nodes and its inputs.
+
+    Constants are not folded, there being none. Raises ExportError as `write_graph` does.
+    """
+    with _quiet():
+        model = _translate(graph, _trace(graph), opset, optimize=False).model
+    inputs = _axes(model.graph.inputs)
+    _check_dynamic(graph, inputs)
+    return sum(1 for _ in model.graph.all_nodes()), inputs
+
+
 def _trace(graph: Graph) -> torch.export.ExportedProgram:
     module = graph.module.eval()
     try:
@@ -67,11 +95,15 @@ def _trace(graph: Graph) -> torch.export.ExportedProgram:
         raise ExportError(f"{graph.name} cannot be traced: {reason}") from error
 
 
-def _translate(graph: Graph, traced: torch.export.ExportedProgram) -> Any:
+def _translate(
+    graph: Graph, traced: torch.export.ExportedProgram, opset: int | None, *, optimize: bool = True
+) -> Any:
     try:
         return torch.onnx.export(
             traced,
             dynamo=True,
+            opset_version=opset,
+            optimize=optimize,
             verbose=False,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
@@ -113,6 +145,14 @@ def _check_dynamic(graph: Graph, inputs: dict[str, list[int | str]]) -> None:
         for axis, dim in wanted.items():
             if isinstance(found[axis], int):
                 raise ExportError(f"{graph.name}: axis {axis} of {name}, {dim}, came out fixed")
+
+
+def _check_products(name: str, model: Any) -> None:
+    for node in model.graph.all_nodes():
+        if node.op_type in PRODUCTS and "FLOAT" in {value.dtype.name for value in node.inputs}:
+            where = describe(node)
+            if not any(module in where for module in FULL_PRODUCTS):
+                raise ExportError(f"{name} multiplies in fp32: {where}")
 
 
 @contextmanager

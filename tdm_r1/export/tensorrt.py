@@ -26,21 +26,15 @@ Profile = dict[str, list[list[int]]]
 
 @dataclass(frozen=True)
 class Target:
-    """What engines are built for: compute capabilities such as "8.9", runtime and precision."""
+    """What engines are built for: compute capabilities such as "8.9", and the runtime."""
 
     compute_capabilities: tuple[str, ...] = ("8.9", "12.0")
     runtime: str = TENSORRT_RTX
-    precision: str = "fp32"
 
     def check(self) -> None:
         """Raise ConfigError for what cannot be built for, or when TensorRT-RTX is not installed."""
         if self.runtime != TENSORRT_RTX:
             raise ConfigError(f"--runtime is {self.runtime!r}; allowed: {TENSORRT_RTX!r}")
-        if self.precision != "fp32":
-            raise ConfigError(
-                f"--precision is {self.precision!r}; allowed: 'fp32' (ONNX Runtime multiplies no"
-                " bf16 matrices on a CPU, so nothing could check such a graph)"
-            )
         known = _known_capabilities()
         if not self.compute_capabilities:
             raise ConfigError(f"--compute-capability is empty; allowed: {', '.join(known)}")
@@ -69,14 +63,14 @@ def build_engines(
     for name, graph in graphs.items():
         started = time.perf_counter()
         path = root / f"{name}.engine"
-        layers = build_engine(root / graph["file"], path, graph["profile"], target, say)
-        parts[name] = {"file": path.name, "layers": layers}
+        kinds = build_engine(root / graph["file"], path, graph["profile"], target, say)
+        layers = sum(map(Counter, kinds.values()), Counter())
+        parts[name] = {"file": path.name, "layers": dict(layers), "kinds": kinds}
         took = time.perf_counter() - started
         say(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, {took:.0f} s")
     return {
         "runtime": target.runtime,
         "version": _import().__version__,
-        "precision": target.precision,
         "compute_capabilities": list(target.compute_capabilities),
         "parts": parts,
     }
@@ -84,8 +78,10 @@ def build_engines(
 
 def build_engine(
     graph: Path, engine: Path, profile: Profile, target: Target, say: Say
-) -> dict[str, int]:
+) -> dict[str, dict[str, int]]:
     """Write the file `engine` for the ONNX file `graph`; returns how many layers give each dtype.
+
+    They are counted by kind, such as "MATRIX_MULTIPLY".
 
     `profile`: per input, its lowest, typical and highest shape; the layers are those of the network
     before the builder fuses them. Raises ExportError for a node that TensorRT-RTX does not take,
@@ -112,7 +108,7 @@ def build_engine(
 
 
 def _build(graph: Path, profile: Profile, target: Target, monitor: Any) -> tuple[Any, dict]:
-    """(the engine as a buffer, layers by dtype)."""
+    """(the engine as a buffer, layers by kind and dtype)."""
     trt = _import()
     logger = make_logger(trt)
     builder = trt.Builder(logger)
@@ -138,8 +134,11 @@ def _build(graph: Path, profile: Profile, target: Target, monitor: Any) -> tuple
         reason = (logger.errors or ["no reason given"])[0]
         raise ExportError(f"{graph.stem}: TensorRT-RTX cannot build the engine: {reason}")
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    giving = (layer for layer in layers if layer.num_outputs)  # an assertion gives nothing
-    return plan, dict(Counter(layer.get_output_type(0).name for layer in giving))
+    kinds: dict[str, Counter[str]] = {}
+    for layer in layers:
+        if layer.num_outputs:  # an assertion gives nothing
+            kinds.setdefault(layer.type.name, Counter())[layer.get_output_type(0).name] += 1
+    return plan, {kind: dict(counts) for kind, counts in kinds.items()}
 
 
 def _explain(error: Any) -> str:

@@ -50,13 +50,18 @@ def load_exported(
         raise ConfigError(
             f"dtype is {str(dtype)!r}; allowed with backend={backend!r}: 'auto', 'float32'"
         )
+    manifest = read_manifest(root)
     if backend in RUNTIMES:
-        manifest = read_manifest(root)
         gpu = device_of_engines(root, manifest, backend, device)
         return assemble(root, manifest, open_plans(root, manifest, backend, gpu), gpu)
     if device not in ("auto", "cpu", CPU):
         raise ConfigError(f"device is {str(device)!r}; allowed with backend='onnx': 'auto', 'cpu'")
-    return open_parts(root, read_manifest(root))
+    if manifest.precision == "bf16":
+        raise ConfigError(
+            f"{root} is in bf16, whose matrices ONNX Runtime does not multiply on a CPU;"
+            " `tdm-r1-export --precision fp32` makes graphs that it runs"
+        )
+    return open_parts(root, manifest)
 
 
 def open_parts(root: Path, manifest: Manifest) -> Pipeline:

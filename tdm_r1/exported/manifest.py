@@ -35,9 +35,11 @@ class Manifest:
         of T5, of Z-Image those of the prompt in its chat template).
     graphs: by name, file, inputs and outputs with their axes, and the profile: of each input the
         lowest, the typical and the highest shape. files: path -> sha256.
-    source: file of the model -> sha256. parity: what the gate measured.
+    precision: "fp32", "bf16" or "fp16", of weights and products; inputs and outputs are fp32.
+    source: file of the model -> sha256. parity: what the gate measured, in half precision without
+        rounding, with it under "rounded", and of each graph the largest value that is not fp32.
     engines: None, or runtime, version, precision and compute_capabilities of the TensorRT engines,
-        and by graph the file of each and how many of its layers give each dtype.
+        and by graph the file of each and how many of its layers, and of each kind, give each dtype.
     """
 
     family: str

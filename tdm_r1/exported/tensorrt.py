@@ -19,7 +19,6 @@ from tdm_r1.pipeline import SHIPPED, resolve_device
 
 TENSORRT = "tensorrt"
 RUNTIMES = (TENSORRT, TENSORRT_RTX)  # each is the name of its package, too
-CPU_INSTEAD = "backend='onnx' runs this export on the CPU"
 
 
 def import_tensorrt(runtime: str) -> Any:
@@ -70,7 +69,8 @@ def device_of_engines(
             f"backend is {runtime!r}; the engines of {root} are for {engines['runtime']!r}"
         )
     if not torch.cuda.is_available():
-        raise ConfigError(f"{runtime} needs a CUDA GPU, and this machine has none; {CPU_INSTEAD}")
+        instead = "" if manifest.precision == "bf16" else "; backend='onnx' runs it on the CPU"
+        raise ConfigError(f"{runtime} needs a CUDA GPU, and this machine has none{instead}")
     found = resolve_device(device)
     if found.type != "cuda":
         raise ConfigError(

@@ -20,8 +20,9 @@ from tdm_r1.errors import ConfigError, LoadError
 from tdm_r1.models import lora
 from tdm_r1.models.layers import Transformer
 from tdm_r1.models.loading import empty_transformer, read_json
-from tdm_r1.models.sd3 import SD3Config, SD3Transformer
-from tdm_r1.models.zimage import ZImageConfig, ZImageTransformer
+from tdm_r1.models.published import CONFIGS, SD35_MEDIUM, ZIMAGE_TURBO
+from tdm_r1.models.sd3 import SD3Transformer
+from tdm_r1.models.zimage import ZImageTransformer
 from tdm_r1.pipeline import SHIPPED, find_model, sampling
 
 _CLIP_TOKENS, _T5_TOKENS = 77, 256
@@ -164,12 +165,8 @@ def _sd3_tokens(root: Path, t5_length: int) -> int:
 
 @lru_cache
 def _sd35_medium(t5_length: int) -> Size:
-    config = SD3Config(
-        sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
-        pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
-    )  # fmt: skip
     with torch.device("meta"):
-        transformer = SD3Transformer(config)
+        transformer = SD3Transformer(CONFIGS[SD35_MEDIUM])
     text = {"CLIP-L": 123_650_304, "CLIP-G": 694_659_840, "T5-XXL": 4_762_310_656}
     tokens = _CLIP_TOKENS + (t5_length or _T5_TOKENS)
     return Size(_BUILT_IN, transformer, text, _VAE, 256, 8, 1024, tokens, "euler", 3.0)
@@ -178,7 +175,7 @@ def _sd35_medium(t5_length: int) -> Size:
 @lru_cache
 def _zimage_turbo(t5_length: int) -> Size:
     with torch.device("meta"):
-        transformer = ZImageTransformer(ZImageConfig(axes_lens=(1536, 512, 512)))
+        transformer = ZImageTransformer(CONFIGS[ZIMAGE_TURBO])
     # Qwen3-4B without its last layer and its last norm, which are never run.
     text = {"Qwen3-4B": 4_022_468_096 - 100_930_816 - 2560}
     return Size(_BUILT_IN, transformer, text, _VAE, 256, 8, 1024, _CAPTION_TOKENS, "euler", 3.0)
@@ -187,6 +184,6 @@ def _zimage_turbo(t5_length: int) -> Size:
 _BUILT_IN = "its published configuration; the weights were not looked at"
 _VAE = 83_819_683
 KNOWN = {
-    "stabilityai/stable-diffusion-3.5-medium": _sd35_medium,
-    "Tongyi-MAI/Z-Image-Turbo": _zimage_turbo,
+    SD35_MEDIUM: _sd35_medium,
+    ZIMAGE_TURBO: _zimage_turbo,
 }

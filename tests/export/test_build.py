@@ -19,6 +19,8 @@ from tdm_r1.export.graphs import Axis, Graph
 from tdm_r1.export.onnx_graph import write_graph
 from tdm_r1.export.parity import sizes_to_try
 from tdm_r1.exported.manifest import NAME
+from tdm_r1.models.lora_files import WEIGHTS_NAME
+from tdm_r1.pipeline import ASSETS
 
 pytest.importorskip("onnxscript")
 
@@ -91,6 +93,23 @@ class TestBadInput:
         assert status == 2 and re.search(message, error), error
         assert not list(tmp_path.iterdir())
 
+    def test_a_lora_of_another_model(self, capsys, tmp_path, sd3_dir):
+        other = ASSETS / "tiny-zimage" / WEIGHTS_NAME
+        command = "--model", sd3_dir, "--output", tmp_path / "out", "--lora", other
+        status, error = self.run(capsys, *command)
+        assert status == 2 and re.search("LoRA does not fit this model: .*attention.to_q", error)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_full_disk(self, capsys, tmp_path, sd3_dir, monkeypatch):
+        def write_half(graph, root, *arguments):
+            (root / f"{graph.name}.onnx").write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(root))
+
+        monkeypatch.setattr(build, "write_graph", write_half)
+        status, error = self.run(capsys, "--model", sd3_dir, "--output", tmp_path / "out")
+        assert status == 1 and "OSError: [Errno 28] No space left on device" in error
+        assert not list(tmp_path.iterdir())
+
     def test_an_output_that_exists(self, capsys, tmp_path, sd3_dir):
         status, error = self.run(capsys, "--model", sd3_dir, "--output", tmp_path)
         assert status == 2 and "which exists" in error
@@ -107,7 +126,7 @@ class TestBadInput:
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_export_that_stops_leaves_nothing(tmp_path, sd3_dir, monkeypatch, stop):
-    def write_half(graph, root):
+    def write_half(graph, root, *arguments):
         (root / f"{graph.name}.onnx").write_bytes(b"half")
         raise stop
 

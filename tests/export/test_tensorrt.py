@@ -7,7 +7,9 @@ import shutil
 import sys
 import threading
 
+import numpy as np
 import pytest
+import torch
 
 from tdm_r1.engine import Engine
 from tdm_r1.errors import ConfigError, ExportError, LoadError
@@ -117,7 +119,7 @@ def write_small(path, op: str):
 class TestBuilding:
     profile = {"x": [[1, 4, 4], [2, 4, 4], [3, 4, 4]]}
 
-    def build(self, root, op="Exp", target=None, profile=None, say=print) -> dict[str, int]:
+    def build(self, root, op="Exp", target=None, profile=None, say=print) -> dict:
         graph = write_small(root / "part.onnx", op)
         engine = root / "part.engine"
         return build_engine(graph, engine, profile or self.profile, target or Target(), say)
@@ -129,7 +131,7 @@ class TestBuilding:
             "create_builder_config",
             lambda self: configs.append(create(self)) or configs[-1],
         )
-        assert self.build(tmp_path) == {"FLOAT": 2}
+        assert self.build(tmp_path) == {"ACTIVATION": {"FLOAT": 1}, "UNARY": {"FLOAT": 1}}
         assert (tmp_path / "part.engine").stat().st_size > 1000
         (config,) = configs
         found = [config.get_compute_capability(i) for i in range(config.num_compute_capabilities)]
@@ -149,6 +151,29 @@ class TestBuilding:
         message = r"part: TensorRT-RTX cannot take Det \(node 'node_second'\): UNSUPPORTED_NODE"
         with pytest.raises(ExportError, match=message):
             self.build(tmp_path, op="Det")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU cannot do")
+    def test_no_refittable_engine_without_a_gpu(self, trt, tmp_path, monkeypatch):
+        # The day this fails, LoRAs can be swapped in engines that are built ahead of time.
+        create = trt.Builder.create_builder_config
+
+        def refittable(builder):
+            config = create(builder)
+            config.set_flag(trt.BuilderFlag.REFIT)
+            return config
+
+        monkeypatch.setattr(trt.Builder, "create_builder_config", refittable)
+        graph = write_small(tmp_path / "part.onnx", "Exp")
+        model = onnx.load(graph)
+        weight = onnx.numpy_helper.from_array(np.eye(4, dtype=np.float32), "weight")
+        model.graph.initializer.append(weight)
+        model.graph.node[1].CopyFrom(onnx.helper.make_node("MatMul", ["h", "weight"], ["y"]))
+        onnx.save(model, graph)
+        build = graph, tmp_path / "part.engine", self.profile
+        with pytest.raises(ExportError, match="cannot build the engine: .*CUDA_SUCCESS"):
+            build_engine(*build, Target(("8.9",)), print)
+        monkeypatch.undo()
+        assert build_engine(*build, Target(("8.9",)), print)["MATRIX_MULTIPLY"] == {"FLOAT": 1}
 
     def test_a_file_that_is_no_graph(self, tmp_path):
         with pytest.raises(ExportError, match="absent: TensorRT-RTX cannot take the graph: "):
@@ -197,9 +222,8 @@ class TestBuilding:
                 r"--compute-capability is '9.0'; TensorRT-RTX .* builds for .*8\.9, 12\.0",
             ),
             (("--trt", "--compute-capability", "8.9", "8.9"), "is 8.9 8.9; allowed: each once"),
-            (("--trt", "--precision", "bf16"), "--precision is 'bf16'; allowed: 'fp32'"),
             (("--trt", "--runtime", "tensorrt"), "'tensorrt'; allowed: 'tensorrt-rtx'"),
-            (("--precision", "fp32"), "--precision and --compute-capability go with --trt"),
+            (("--runtime", "tensorrt-rtx"), "--runtime and --compute-capability go with --trt"),
         ],
     )
     def test_options(self, capsys, tmp_path, sd3_dir, options, message):

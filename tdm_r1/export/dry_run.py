@@ -1,0 +1,139 @@
+"""`tdm-r1-export --dry-run`: the graphs of a published transformer at full size, without weights.
+
+The model is built of tensors that have shapes and no memory, traced and translated to ONNX ops; no
+file is written and nothing fetched. Text encoders and VAE are left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tdm_r1 import flow
+from tdm_r1.errors import ConfigError, closest
+from tdm_r1.export.build import check_axes, default_axes
+from tdm_r1.export.graphs import Axes, make_graphs
+from tdm_r1.export.onnx_graph import LOW_OPSET, check_installed, count_nodes
+from tdm_r1.export.precision import DTYPES, check_precision
+from tdm_r1.models.layers import Transformer
+from tdm_r1.models.published import CONFIGS
+from tdm_r1.models.sd3 import SD3Config, SD3Transformer
+from tdm_r1.models.zimage import ZImageTransformer
+from tdm_r1.pipeline import Pipeline
+
+SHIFT, SIZE = 3.0, 1024  # of both stored schedulers, and of both models' pictures
+CLIP_TOKENS, T5_TOKENS = 77, 256
+LATENT_CHANNELS, SCALE = 16, 8
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One graph. nodes: before the exporter folds constants; bytes: of parameters and tables."""
+
+    name: str
+    nodes: int
+    parameters: int
+    bytes: int
+    inputs: dict[str, list[int | str]]
+    seconds: float
+
+
+def dry_run(
+    model: str,
+    *,
+    axes: Axes | None = None,
+    steps: int = 4,
+    precision: str = "fp32",
+    layers: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Counted]:
+    """Trace the graphs of `model`, one of `published.CONFIGS`, and count what is in them.
+
+    `axes`, `steps` and `precision` as in `export_model`; `layers` keeps so many of the blocks over
+    image and text. `say` hears of the ranges and of every graph. Raises ConfigError for an unknown
+    model or sizes it does not take, ExportError for a graph that cannot be made or whose axes come
+    out fixed.
+    """
+    check_precision(precision)
+    check_installed()
+    if model not in CONFIGS:
+        raise ConfigError(
+            f"--model is {model!r}; allowed with --dry-run: {', '.join(CONFIGS)}."
+            f"{closest(model, CONFIGS)}"
+        )
+    opset = None if precision == "fp32" else LOW_OPSET
+    times = flow.schedule("euler", steps, SHIFT).timesteps
+    found = []
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        pipeline = _pipeline(_build(CONFIGS[model], layers, DTYPES[precision]))
+        chosen = {**default_axes(pipeline), **(axes or {})}
+        check_axes(pipeline, chosen)
+        say(", ".join(f"{name} {low} to {high}" for name, (low, high) in chosen.items()))
+        # The first two are the transformer's: no text encoder is asked for.
+        for graph in islice(make_graphs(pipeline, times, chosen), 2):
+            started = time.perf_counter()
+            nodes, inputs = count_nodes(graph, opset)
+            tensors = [*graph.module.parameters(), *graph.module.buffers()]
+            counted = Counted(
+                graph.name,
+                nodes,
+                sum(parameter.numel() for parameter in graph.module.parameters()),
+                sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+                inputs,
+                time.perf_counter() - started,
+            )
+            found.append(counted)
+            say(_line(counted))
+    return found
+
+
+def _line(counted: Counted) -> str:
+    shapes = ", ".join(f"{name} {axes}" for name, axes in counted.inputs.items())
+    return (
+        f"{counted.name}: {counted.nodes} nodes over a model of {counted.parameters / 1e6:.0f} M"
+        f" parameters, {counted.bytes / 1e9:.2f} GB; {shapes}; {counted.seconds:.0f} s"
+    ).replace("'", "")
+
+
+def _build(config: Any, layers: int | None, dtype: torch.dtype) -> Transformer:
+    sd3 = isinstance(config, SD3Config)
+    if layers is not None and sd3:
+        dual = tuple(i for i in config.dual_attention_layers if i < layers - 1)
+        config = replace(config, num_layers=layers, dual_attention_layers=dual)
+    elif layers is not None:
+        config = replace(config, n_layers=layers)
+    kind: Any = SD3Transformer if sd3 else ZImageTransformer
+    model = kind(config, backend="reference").eval().requires_grad_(False)
+    for module in model.modules():  # `Module.to` cannot convert tensors without memory
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(dtype))
+    model.bind_ops()
+    return model
+
+
+def _pipeline(transformer: Transformer) -> Pipeline:
+    """What `make_graphs` reads of a pipeline before it comes to text encoders and VAE."""
+    text: Any = SimpleNamespace(clip_length=CLIP_TOKENS, t5_length=T5_TOKENS)
+    vae: Any = SimpleNamespace(latent_channels=LATENT_CHANNELS, scale_factor=SCALE)
+    return Pipeline(
+        family=transformer.family,
+        transformer=transformer,
+        text=text,
+        vae=vae,
+        shift=SHIFT,
+        default_solver="euler",
+        default_size=SIZE,
+        name="",
+        path=Path(),
+    )
