@@ -42,6 +42,11 @@ if TYPE_CHECKING:
 RECIPE = "tiny-sd3-shapes"
 
 
+def no_reward(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+    """The control: a reward that says nothing. No advantage, so the surrogate stays the base."""
+    return [0.0] * len(images)
+
+
 class PreferenceAlone(Tdm):
     """The group preference loss (`losses.surrogate_loss`) and no other: only the judge is trained.
 
@@ -182,6 +187,11 @@ VARIANTS = {
     "ema-reference": Variant("EMA reference", overrides=("reinforcement.reference=ema",)),
     "frozen-surrogate": Variant("frozen pre-trained surrogate", FrozenSurrogate, pretrained=True),
     "no-kl": Variant("no KL", WithoutKl),
+    "all-states": Variant("every state judged", overrides=("reinforcement.judged=trajectory",)),
+    "no-reward": Variant(
+        "no reward",
+        overrides=(f"reward={Path(__file__)}:no_reward", "evaluation.reward=shapes:strict"),
+    ),
 }
 
 
