@@ -42,6 +42,8 @@ def make_recipe(model: str, prompts: int, group: int, micro_groups: int, output:
         "roles.kind": "lora",
         "distillation.boundaries": 2,
         "optimizers.fake.name": "adamw",
+        "reinforcement.judged": "trajectory",
+        "reinforcement.rl_cfg": 2.5,
         "rollout.num_prompts": prompts,
         "rollout.group_size": group,
         "rollout.micro_groups": micro_groups,
