@@ -36,3 +36,11 @@ def sd3_no_t5_dir(tmp_path_factory) -> Path:
 def zimage_dir(tmp_path_factory) -> Path:
     """Random Z-Image directory."""
     return tiny.make_zimage(tmp_path_factory.mktemp("models") / "zimage")
+
+
+@pytest.fixture
+def bright(tmp_path) -> str:
+    """The name of a reward for bright pictures."""
+    from tests.training.common import bright_reward
+
+    return bright_reward(tmp_path)

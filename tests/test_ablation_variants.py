@@ -23,17 +23,6 @@ from tests.training.common import recipe
 from tests.training.test_tdm import clear, gradients, make
 
 ROLLOUT = {"num_prompts": 2, "group_size": 3, "micro_groups": 2}
-BRIGHT = """import numpy as np
-def score(images, prompts):
-    return [float(np.asarray(i).mean()) / 255 for i in images]
-"""
-
-
-@pytest.fixture
-def bright(tmp_path):
-    path = tmp_path / "bright.py"
-    path.write_text(BRIGHT)
-    return f"{path}:score"
 
 
 def prepared(tmp_path, model, experiment, **values):

@@ -8,6 +8,11 @@ import yaml
 from tdm_r1.config import load_recipe
 from tdm_r1.models.conditioning import Condition
 
+BRIGHT = """import numpy as np
+def score(images, prompts):
+    return [float(np.asarray(i).mean()) / 255 for i in images]
+"""
+
 
 def condition(family: str, num: int) -> Condition:
     """A random condition of the widths in tests/tiny.py."""
@@ -19,6 +24,13 @@ def condition(family: str, num: int) -> Condition:
         )
         return Condition(tokens, torch.full((num,), 40), pooled)
     return Condition(torch.randn(num, 9, 48, generator=generator), torch.full((num,), 9), None)
+
+
+def bright_reward(folder) -> str:
+    """Write a reward, the mean brightness of a picture, into `folder`; returns its name."""
+    path = folder / "bright.py"
+    path.write_text(BRIGHT)
+    return f"{path}:score"
 
 
 def write_recipe(folder, model, **values):

@@ -15,18 +15,6 @@ from tdm_r1.training.trainer import Trainer
 from tests.training.common import recipe, write_recipe
 from tests.training.launch import launch
 
-BRIGHT = """import numpy as np
-def score(images, prompts):
-    return [float(np.asarray(i).mean()) / 255 for i in images]
-"""
-
-
-@pytest.fixture
-def bright(tmp_path):
-    path = tmp_path / "bright.py"
-    path.write_text(BRIGHT)
-    return f"{path}:score"
-
 
 def everything(trainer):
     """All that a step changes: roles, moments, step counts."""

@@ -16,10 +16,6 @@ from tdm_r1.training.trainer import Trainer
 from tests.training.common import recipe, write_recipe
 
 TIGHT = {"checkpoint_blocks": True, "precompute_text": True, "offload": True, "decode_batch": 2}
-BRIGHT = """import numpy as np
-def score(images, prompts):
-    return [float(np.asarray(i).mean()) / 255 for i in images]
-"""
 
 MOVABLE = """class Mine:
     def __call__(self, images, prompts):
@@ -31,10 +27,9 @@ score = Mine()
 
 
 @pytest.fixture
-def values(tmp_path):
-    (tmp_path / "bright.py").write_text(BRIGHT)
+def values(bright):
     return {
-        "reward": f"{tmp_path}/bright.py:score",
+        "reward": bright,
         "evaluation": {"families": ["counting"], "num_prompts": 2, "reward": "jpeg"},
         "iterations": 1,
     }

@@ -11,9 +11,9 @@ from tdm_r1.config import Optimizer
 from tdm_r1.training import checkpoint, distributed
 from tdm_r1.training.roles import TRAINED
 from tdm_r1.training.trainer import Trainer
-from tests.training.common import recipe, write_recipe
+from tests.training.common import bright_reward, recipe, write_recipe
 from tests.training.launch import launch
-from tests.training.test_trainer import BRIGHT, logged_hashes
+from tests.training.test_trainer import logged_hashes
 
 ITERATIONS = 5
 
@@ -34,12 +34,11 @@ def curves(folder):
     ("zero_stage", "kind"), [(0, "lora"), pytest.param(1, "full", marks=pytest.mark.slow)]
 )
 def test_two_ranks_are_one_with_twice_the_work(zero_stage, kind, tmp_path, sd3_dir):
-    reward = tmp_path / "bright.py"
-    reward.write_text(BRIGHT)
+    reward = bright_reward(tmp_path)
     # With this eps a step is a multiple of the gradient: none of its rounding is blown up.
     smooth = {"lr": 0.03, "eps": 1.0}
     values = {
-        "reward": f"{reward}:score",
+        "reward": reward,
         "iterations": ITERATIONS,
         "checkpoint_every": ITERATIONS,
         "zero_stage": zero_stage,

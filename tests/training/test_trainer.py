@@ -18,21 +18,9 @@ from tdm_r1.training.trainer import Interrupted, Trainer, learning_rate
 from tests.training.common import recipe, write_recipe
 from tests.training.launch import ROOT, clean_environment, launch
 
-BRIGHT = """import numpy as np
-def score(images, prompts):
-    return [float(np.asarray(i).mean()) / 255 for i in images]
-"""
-
 
 def hashes(trainer):
     return {name: role.sha256() for name, role in trainer.roles.items()}
-
-
-@pytest.fixture
-def bright(tmp_path):
-    path = tmp_path / "bright.py"
-    path.write_text(BRIGHT)
-    return f"{path}:score"
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

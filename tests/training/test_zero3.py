@@ -11,9 +11,8 @@ from tdm_r1 import Engine
 from tdm_r1.training import checkpoint, distributed
 from tdm_r1.training.roles import TRAINED
 from tdm_r1.training.trainer import Trainer
-from tests.training.common import recipe, write_recipe
+from tests.training.common import bright_reward, recipe, write_recipe
 from tests.training.launch import launch
-from tests.training.test_trainer import BRIGHT
 
 ITERATIONS = 2
 ROLES = {"generator", "fake", "surrogate", "ema", "lag", "reference"}
@@ -70,10 +69,8 @@ distributed.close()
 
 
 def values(folder, **changes):
-    reward = folder / "bright.py"
-    reward.write_text(BRIGHT)
     return {
-        "reward": f"{reward}:score",
+        "reward": bright_reward(folder),
         "iterations": ITERATIONS,
         "checkpoint_every": 1,
         "keep_checkpoints": 9,
