@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         "precision": recipe.precision,
         "latent_error": error,
         "forwards_per_boundary": {
-            "ours": round(mean_forwards(recipe, trainer.engine.schedule), 2),
+            "ours": round(mean_forwards(recipe, trainer.engine.schedule, trainer.method.shift), 2),
             "baseline": asked / boundaries,
         },
         "kernels": "reference" if native.load() else f"native {native.instruction_set()}",

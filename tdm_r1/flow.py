@@ -82,17 +82,8 @@ def renoise_velocity(x_b_BChw: Tensor, s_b: Level, s: Level, eps_BChw: Tensor) -
     return -x_b_BChw / (1 - s_b) + (eps_BChw / b) * (s + s_b**2 * a / (1 - s_b))
 
 
-def sample_sigma(
-    lower: float,
-    shift: float,
-    generator: torch.Generator,
-    shape: Sequence[int],
-    margin: float = 0.02,
-) -> Tensor:
-    """Draw levels above `lower`: u uniform in [u(lower) + margin, 1], then s = shift_sigma(u).
-
-    Returns fp32 `shape` on the generator's device. Uniform in u, so that the shift alone decides
-    where levels crowd; the margin keeps b of `renoise` away from 0. Source: the authors' script.
+def lowest_u(lower: float, shift: float, margin: float = 0.02) -> float:
+    """Return the lowest u that `sample_sigma` draws above the level `lower`: u(lower) + margin.
 
     Raises:
         ValueError: lower is outside [0, 1), or the margin leaves nothing to draw from.
@@ -103,9 +94,30 @@ def sample_sigma(
         raise ValueError(
             f"lower = {lower} leaves no level above it (margin {margin}, shift {shift})"
         )
-    u_lower = min(u_lower, 1.0)
+    return min(u_lower, 1.0)
+
+
+def sample_sigma(
+    lower: float,
+    shift: float,
+    generator: torch.Generator,
+    shape: Sequence[int],
+    margin: float = 0.02,
+    upper: float | None = None,
+) -> Tensor:
+    """Draw levels above `lower`: u uniform in [u(lower) + margin, 1], then s = shift_sigma(u).
+
+    With `upper`, only those that would not be drawn above it: u in [u(lower), u(upper)] + margin.
+    Returns fp32 `shape` on the generator's device. Uniform in u, so that the shift alone decides
+    where levels crowd; the margin keeps b of `renoise` away from 0. Source: the authors' script.
+
+    Raises:
+        ValueError: lower or upper is outside [0, 1), or the margin leaves nothing to draw from.
+    """
+    u_lower = lowest_u(lower, shift, margin)
+    u_upper = 1.0 if upper is None else lowest_u(upper, shift, margin)
     u = torch.rand(tuple(shape), generator=generator, device=generator.device)
-    return shift_sigma(u_lower + (1 - u_lower) * u, shift)
+    return shift_sigma(u_lower + (u_upper - u_lower) * u, shift)
 
 
 @dataclass(frozen=True)

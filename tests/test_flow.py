@@ -102,6 +102,17 @@ def test_levels_are_uniform_above_the_margin_before_the_shift(lower, shift):
     assert (deciles - torch.linspace(0.1, 0.9, 9)).abs().max() < 0.02
 
 
+def test_levels_of_two_intervals_are_those_above_the_lower_one():
+    below = flow.sample_sigma(0.3, 3.0, torch.Generator().manual_seed(0), (20000,), upper=0.6)
+    u = flow.unshift_sigma(below.double(), 3.0)
+    low, high = (flow.lowest_u(s, 3.0) for s in (0.3, 0.6))
+    assert u.min() >= low - 1e-6 and u.max() <= high + 1e-6
+    deciles = torch.quantile((u - low) / (high - low), torch.linspace(0.1, 0.9, 9).double())
+    assert (deciles - torch.linspace(0.1, 0.9, 9)).abs().max() < 0.02
+    with pytest.raises(ValueError, match=r"lower = 1\.0 leaves no level"):
+        flow.sample_sigma(0.3, 3.0, torch.Generator(), (1,), upper=1.0)
+
+
 def test_levels_repeat_with_the_generator_and_take_any_shape():
     draw = [
         flow.sample_sigma(0.5, 3.0, torch.Generator().manual_seed(7), (2, 3), margin=0.1)

@@ -89,9 +89,10 @@ def forwards_per_picture(recipe: Recipe, size: Size) -> dict[str, float]:
     rollout, distillation = recipe.rollout, recipe.distillation
     solver = size.solver if rollout.solver == "auto" else rollout.solver
     schedule = flow.schedule(solver, rollout.steps, size.shift)
+    shift = recipe.sigma_shift or size.shift
     trained, extra = len(TRAINED[recipe.method]), distillation.fake_updates - 1
     per_boundary = {
-        "queries": queries.mean_forwards(recipe, schedule) - trained + extra,
+        "queries": queries.mean_forwards(recipe, schedule, shift) - trained + extra,
         "trained": float(trained + extra),
     }
     found = {name: rows * distillation.boundaries for name, rows in per_boundary.items()}

@@ -3,30 +3,37 @@
 Written out term by term, the losses of one boundary k (for the surrogate: j) take 13 forwards of B
 rows: fake score 3 (generator, fake, base), surrogate 3 (surrogate, base, lag copy), generator 7
 (generator; at x_s: base with and without caption, fake; at x_r: base, surrogate with and without).
-Here they are 7 to 10, and what is not trained of them runs in one or two batches:
+Here a row takes 7 to 10, and what is not trained of them runs in one or two batches:
 
 1. The fake score's loss and the generator's distillation terms read one x_s. Their draws have one
    law, and the answers of generator, fake and base serve both: 10 forwards are left.
-2. The generator's reward term reads an x_r = renoise(x_{k+1}, s_r) that is drawn already, where its
-   level has the same law there, lower bound max(sigma_{k+1}, t_min):
-   - the surrogate's input, if j = k and max(sigma_{k+1}, t_min_reward) is that bound. The base's
-     answer and the surrogate's own training forward serve twice: 8 are left;
-   - else x_s, if sigma_{k+1} >= t_min. The base's answer serves twice: 9 are left;
-   - else one of its own: 10.
-   From trunc_steps on there is no reward term: 7. A moving reference adds one to each.
+2. The generator's reward term reads an x_r = renoise(x_{k+1}, s_r) that is drawn already, where
+   there is one. All levels are uniform in u (`flow.sample_sigma`), x_s's above a, x_r's above
+   b >= a (from max(sigma_{k+1}, t_min)), the surrogate's above c (from t_min_reward). A law cut to
+   an interval is uniform again, so that x_r may be put together, row by row, from
+   - x_s where its u lies in [b, c). The base's answer serves twice: 9 forwards for this row;
+   - with a probability that makes up what [b, c) lacks, a draw of its own there: 10;
+   - the surrogate's input for all other rows, above c. The base's answer and the surrogate's own
+     training forward serve twice: 8.
+   For j != k, or c < b, there is none above c: c = 1. `pull_law` has the shares. From trunc_steps
+   on there is no reward term: 7. A moving reference adds one to each.
 3. j comes in proportion to j + 1, k uniformly, and no loss reads both: they are drawn to be equal
-   as often as these two laws allow, which makes the first case of 2 the common one.
+   as often as these two laws allow, which makes c of 2 the surrogate's most of the time.
 
 What is shared is a draw, never an expectation: every loss is a mean over samples (the surrogate's,
-over groups) of a function of its own (boundary, level, noise), whose law is unchanged; only draws
-of different losses become dependent. A sample's level and noise may be shared by its group or be
-its own in every loss but the surrogate's: there a group's logit compares samples, and (s, eps) must
-be the group's. No role is updated between a draw's first use and its last.
+over groups) of a function of its own (boundary, level, noise), whose law is unchanged: which source
+a row of x_r has depends on x_s and a coin alone, and there its level and noise have the law that
+was asked for. Only draws of different losses become dependent. A sample's level and noise may be
+shared by its group or be its own in every loss but the surrogate's: there a group's logit compares
+samples, and (s, eps) must be the group's. No role is updated between a draw's first use and its
+last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +55,57 @@ class Noised(NamedTuple):
     x_BChw: Tensor
     s_B: Tensor
     eps_BChw: Tensor
+
+
+class Source(IntEnum):
+    """Where a row of x_r comes from: the surrogate's input, x_s, or a draw of its own."""
+
+    JUDGED = 0
+    DISTIL = 1
+    OWN = 2
+
+
+class Pull(NamedTuple):
+    """The reward term's x_r [B, C, h, w], its levels [B], and where each row comes from [B]."""
+
+    x_BChw: Tensor
+    s_B: Tensor
+    source_B: Tensor
+
+    def rest(self, *sources: Source) -> Tensor:
+        """Indices of the rows that come from none of these."""
+        known = self.source_B.new_tensor([int(source) for source in sources])
+        return (~torch.isin(self.source_B, known)).nonzero()[:, 0]
+
+    def merge(self, answers: Mapping[Source, Tensor], asked_RChw: Tensor | None) -> Tensor:
+        """v_BChw: a source's rows from its answer [B, C, h, w], the `rest` from what was asked."""
+        v_BChw = torch.empty_like(self.x_BChw)
+        if asked_RChw is not None:
+            v_BChw[self.rest(*answers)] = asked_RChw
+        for source, answer_BChw in answers.items():
+            chosen_B = self.source_B == source
+            v_BChw[chosen_B] = answer_BChw[chosen_B]
+        return v_BChw
+
+
+class PullLaw(NamedTuple):
+    """Of x_r: from x_s where low <= u < high, else its own with probability `own`, else judged.
+
+    lower, upper: of the levels that are its own, as `flow.sample_sigma` takes them. distil: the
+    probability that x_s is in the interval.
+    """
+
+    low: float
+    high: float
+    own: float
+    lower: float
+    upper: float | None
+    distil: float
+
+    def sources(self, u_B: Tensor, coin_B: Tensor) -> Tensor:
+        """A `Source` for every row: u of x_s, and a coin uniform in [0, 1)."""
+        other_B = torch.where(coin_B < self.own, Source.OWN, Source.JUDGED)
+        return torch.where((u_B >= self.low) & (u_B < self.high), Source.DISTIL, other_B)
 
 
 class Query(NamedTuple):
@@ -100,28 +158,47 @@ def draw_boundaries(
     return pairs
 
 
-def pull_input(recipe: Recipe, schedule: flow.Schedule, k: int, j: int) -> str:
-    """Where the reward term's x_r comes from: "surrogate", "distil", "own", or "" without one."""
+def pull_law(
+    recipe: Recipe, schedule: flow.Schedule, shift: float, k: int, j: int
+) -> PullLaw | None:
+    """How x_r is put together, or None where nothing reads one. `shift`: of the levels drawn."""
     rl, sigma = recipe.reinforcement, schedule.sigmas[k + 1]
     if recipe.method != "tdm_r1" or k >= rl.trunc_steps:
-        return ""
-    if j == k and max(sigma, rl.t_min) == max(sigma, rl.t_min_reward):
-        return "surrogate"
-    return "distil" if sigma >= rl.t_min else "own"
+        return None
+    lower, judged = max(sigma, rl.t_min), max(sigma, rl.t_min_reward)
+    lowest, low, high = (flow.lowest_u(s, shift) for s in (sigma, lower, judged))
+    upper = judged if j == k and high >= low else None
+
+    def below_high(start: float) -> float:
+        """The part of what is uniform in [start, 1] that lies in [low, high)."""
+        if upper is None and low == start:
+            return 1.0
+        return ((1.0 if upper is None else high) - low) / (1 - start) if start < 1 else 0.0
+
+    distil, wanted = below_high(lowest), below_high(low)
+    own = (wanted - distil) / (1 - distil) if wanted > distil else 0.0
+    # No rounding of a level may carry it over an end of its own law.
+    low, high = (0.0 if low == lowest else low), (math.inf if upper is None else high)
+    return PullLaw(low, high, own, lower, upper, distil)
 
 
-def num_forwards(recipe: Recipe, schedule: flow.Schedule, k: int, j: int) -> int:
-    """Forwards of B rows that the losses of boundary (k, j) take, training's three among them."""
+def num_forwards(recipe: Recipe, schedule: flow.Schedule, shift: float, k: int, j: int) -> float:
+    """Forwards that a row takes in the losses of boundary (k, j), on average, training's included.
+
+    A fraction only where x_r comes from several sources.
+    """
     if recipe.method != "tdm_r1":
         return 4
-    own = {"surrogate": 8, "distil": 9, "own": 10, "": 7}[pull_input(recipe, schedule, k, j)]
-    return own + (recipe.reinforcement.reference == "ema")
+    found: float = 7 + (recipe.reinforcement.reference == "ema")
+    if (law := pull_law(recipe, schedule, shift, k, j)) is not None:
+        found += 1 + law.distil + 2 * (1 - law.distil) * law.own
+    return found
 
 
-def mean_forwards(recipe: Recipe, schedule: flow.Schedule) -> float:
+def mean_forwards(recipe: Recipe, schedule: flow.Schedule, shift: float) -> float:
     """`num_forwards`, averaged over the law of (k, j)."""
     return sum(
-        probability * num_forwards(recipe, schedule, k, j)
+        probability * num_forwards(recipe, schedule, shift, k, j)
         for k, j, probability in _law(schedule.num_steps, recipe.reinforcement.judged)
     )
 

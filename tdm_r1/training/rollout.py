@@ -82,22 +82,31 @@ def renoised(
     shift: float,
     key: Sequence[int],
     shared: bool,
+    upper: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x_s [B,C,h,w], s_B, eps [B,C,h,w]) from the latents at `boundary` (0..K), s above `lower`.
 
-    shared: one s and one eps per group, so that its samples differ only by themselves.
+    shared: one s and one eps per group, so that its samples differ only by themselves. `upper`: as
+    in `flow.sample_sigma`.
     """
     x_b = batch.x[boundary]
     num, shape = (1 if shared else batch.group_size), x_b.shape[1:]
     levels, noises = [], []
     for group in batch.group_ids:
         generator = keyed_generator(*key, group)
-        levels.append(flow.sample_sigma(lower, shift, generator, (num,)))
+        levels.append(flow.sample_sigma(lower, shift, generator, (num,), upper=upper))
         noises.append(torch.randn((num, *shape), generator=generator))
     times = batch.group_size if shared else 1
     s_B = torch.cat(levels).repeat_interleave(times).to(x_b.device)
     eps = torch.cat(noises).repeat_interleave(times, dim=0).to(x_b.device)
     return flow.renoise(x_b, schedule.sigmas[boundary], s_B, eps), s_B, eps
+
+
+def coins(batch: Batch, key: Sequence[int]) -> Tensor:
+    """A number uniform in [0, 1) for every sample, [B]; a group's are its own, as its noise is."""
+    draws = [torch.rand(batch.group_size, generator=keyed_generator(*key, group))
+             for group in batch.group_ids]  # fmt: skip
+    return torch.cat(draws).to(batch.x[0].device)
 
 
 def describe(error: Exception) -> str:

@@ -23,9 +23,9 @@ from tdm_r1.prompts import PromptSampler, load_prompts
 from tdm_r1.training import distributed
 from tdm_r1.training.clock import Clock
 from tdm_r1.training.losses import Metrics, fake_loss, generator_loss, surrogate_loss, tdm_loss
-from tdm_r1.training.queries import Noised, Query, ask, draw_boundaries, pull_input
+from tdm_r1.training.queries import Noised, Pull, Query, Source, ask, draw_boundaries, pull_law
 from tdm_r1.training.roles import TRAINED, follow
-from tdm_r1.training.rollout import Batch, renoised, roll_out, score_batches
+from tdm_r1.training.rollout import Batch, coins, renoised, roll_out, score_batches
 
 if TYPE_CHECKING:
     from tdm_r1.training.trainer import Trainer
@@ -149,7 +149,7 @@ class Tdm:
 
     def _draw_inputs(
         self, iteration: int, batch: Batch, k: int, j: int, slot: int
-    ) -> tuple[Noised, Noised | None, Noised | None]:
+    ) -> tuple[Noised, Pull | None, Noised | None]:
         """x_s of distillation, x_r of the reward term, and the surrogate's input: `queries.py`."""
         key, sigmas = (self.recipe.seed, iteration), self.schedule.sigmas
         distil = self._renoised(batch, k + 1, sigmas[k + 1], (*key, DISTIL, 0), shared=False)
@@ -158,28 +158,47 @@ class Tdm:
         rl = self.recipe.reinforcement
         floor = max(sigmas[j + 1], rl.t_min_reward)
         judged = self._renoised(batch, j + 1, floor, (*key, SURROGATE, slot), shared=True)
-        source = pull_input(self.recipe, self.schedule, k, j)
-        if source == "own":
-            floor = max(sigmas[k + 1], rl.t_min)
-            return distil, self._renoised(batch, k + 1, floor, (*key, PULL), shared=True), judged
-        return distil, {"surrogate": judged, "distil": distil, "": None}[source], judged
+        return distil, self._pull(iteration, batch, k, j, distil, judged), judged
+
+    def _pull(
+        self, iteration: int, batch: Batch, k: int, j: int, distil: Noised, judged: Noised
+    ) -> Pull | None:
+        """x_r, every row of it from where `pull_law` lets it come from."""
+        law = pull_law(self.recipe, self.schedule, self.shift, k, j)
+        if law is None:
+            return None
+        key = (self.recipe.seed, iteration, PULL)
+        coin_B = coins(batch, (*key, 0)) if law.own else torch.ones_like(distil.s_B)
+        source_B = law.sources(flow.unshift_sigma(distil.s_B, self.shift), coin_B)
+        x_r, r_B = judged.x_BChw, judged.s_B
+        others = {Source.DISTIL: distil}
+        if (source_B == Source.OWN).any():
+            others[Source.OWN] = self._renoised(
+                batch, k + 1, law.lower, (*key, 1), shared=False, upper=law.upper
+            )
+        for source, at in others.items():
+            chosen_B = source_B == source
+            x_r = torch.where(chosen_B.view(-1, 1, 1, 1), at.x_BChw, x_r)
+            r_B = torch.where(chosen_B, at.s_B, r_B)
+        return Pull(x_r, r_B, source_B)
 
     def _backward(self, iteration: int, batch: Batch, k: int, j: int, slot: int) -> Metrics:
         """All losses of boundary k (surrogate: j), each through its role's engine."""
         distil, pull, judged = self._draw_inputs(iteration, batch, k, j, slot)
         v = self._ask(batch, distil, pull, judged)
         metrics: Metrics = {}
+        known: dict[Source, Tensor] = {}
         if judged is not None:
-            v_sur, found = self._surrogate(batch, judged, j, v)
+            known[Source.JUDGED], found = self._surrogate(batch, judged, j, v)
             metrics |= found
-            if pull is judged:
-                v["surrogate_c"] = v_sur
+        if pull is not None:
+            v["surrogate_c"] = pull.merge(known, v.get("surrogate_c"))
         v["fake"], found = self._fake(batch, distil, k, v["base_c"])
         metrics |= found
         return metrics | self._generator(batch, distil, pull, k, v)
 
     def _generator(
-        self, batch: Batch, distil: Noised, pull: Noised | None, k: int, v: dict[str, Tensor]
+        self, batch: Batch, distil: Noised, pull: Pull | None, k: int, v: dict[str, Tensor]
     ) -> Metrics:
         x_s, s_B, _ = distil
         t_k = torch.full_like(s_B, self.schedule.timesteps[k])
@@ -206,7 +225,7 @@ class Tdm:
         return metrics
 
     def _ask(
-        self, batch: Batch, distil: Noised, pull: Noised | None, judged: Noised | None
+        self, batch: Batch, distil: Noised, pull: Pull | None, judged: Noised | None
     ) -> dict[str, Tensor]:
         """Every velocity that nobody trains, once: at x_s, at x_r (`_r`), where j judges (`_j`)."""
         roles, asked = self.trainer.roles, {}
@@ -216,25 +235,31 @@ class Tdm:
 
         put("base_c", "base", distil)
         put("base_u", "base", distil, batch.uncond)
+        judges = () if judged is None else (Source.JUDGED,)
         if judged is not None:
             put("base_j", "base", judged)
             put("lag", "lag", judged)
             if "reference" in roles:
                 put("reference", "reference", judged)
         if pull is not None:
-            put("surrogate_u", "surrogate", pull, batch.uncond)
-            if pull is not judged:
-                put("surrogate_c", "surrogate", pull)
-            if pull is not judged and pull is not distil:
-                put("base_r", "base", pull)
+            x_r, r_B, _ = pull
+            asked["surrogate_u"] = Query(roles["surrogate"], x_r, r_B, batch.uncond)
+            terms = (
+                ("surrogate", "surrogate_c", judges),
+                ("base", "base_r", (Source.DISTIL, *judges)),
+            )
+            for role, name, known in terms:
+                if len(rows := pull.rest(*known)):
+                    asked[name] = Query(roles[role], x_r[rows], r_B[rows], batch.cond.rows(rows))
         # Every rank has to gather a role, also one whose own boundary does not ask it.
         surrogate = roles["surrogate"].gathered() if self.reinforced else nullcontext()
         with self.clock.phase("queries"), surrogate:
             v = dict(zip(asked, ask(self.engine, list(asked.values())), strict=True))
-        if pull is judged and judged is not None:
-            v["base_r"] = v["base_j"]
-        elif pull is distil:
-            v["base_r"] = v["base_c"]
+        if pull is not None:
+            served = {Source.DISTIL: v["base_c"]}
+            if judged is not None:
+                served[Source.JUDGED] = v["base_j"]
+            v["base_r"] = pull.merge(served, v.get("base_r"))
         return v
 
     def _surrogate(
@@ -277,19 +302,13 @@ class Tdm:
         self._fake(batch, distil, k, v_base)
 
     def _renoised(
-        self, batch: Batch, boundary: int, lower: float, key: tuple[int, ...], *, shared: bool
-    ) -> Noised:
-        return Noised(
-            *renoised(
-                batch,
-                boundary,
-                self.schedule,
-                lower=lower,
-                shift=self.shift,
-                key=(*key, boundary),
-                shared=shared,
-            )
-        )
+        self, batch: Batch, boundary: int, lower: float, key: tuple[int, ...], *, shared: bool,
+        upper: float | None = None,
+    ) -> Noised:  # fmt: skip
+        return Noised(*renoised(
+            batch, boundary, self.schedule, lower=lower, shift=self.shift,
+            key=(*key, boundary), shared=shared, upper=upper,
+        ))  # fmt: skip
 
     def _descend(self, name: str, loss: Tensor) -> None:
         with self.clock.phase("backward"):

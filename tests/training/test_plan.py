@@ -184,7 +184,8 @@ def test_roles_and_rows_are_those_of_a_real_iteration(tmp_path, sd3_dir, monkeyp
     assert rows["trained"] == planned.forwards["trained"] * pictures
     passes = made.rollout.num_prompts // made.rollout.micro_groups
     pairs = [pair for i in range(passes) for pair in trainer.method._draw_steps(0, i)]
-    asked = sum(num_forwards(made, trainer.engine.schedule, *pair) - 3 for pair in pairs)
+    schedule, shift = trainer.engine.schedule, trainer.method.shift
+    asked = sum(num_forwards(made, schedule, shift, *pair) - 3 for pair in pairs)
     assert rows["others"] == planned.forwards["rollout"] * pictures + asked * pictures / passes
 
 
@@ -194,6 +195,8 @@ def test_forwards_of_every_method():
     assert plan.make_plan(made).forwards == pytest.approx(
         {"rollout": 4.0, "queries": 10.4, "trained": 6.0, "backward": 6.0}
     )
+    geneval = budget.forwards_per_picture(load_recipe("sd35m-geneval"), size)
+    assert geneval["queries"] == pytest.approx(10.5456, abs=1e-4)
     tdm = budget.forwards_per_picture(replace(made, method="tdm"), size)
     assert tdm == {"rollout": 4.0, "queries": 4.0, "trained": 4.0, "backward": 4.0}
     half = replace(made, reinforcement=replace(made.reinforcement, trunc_steps=2))

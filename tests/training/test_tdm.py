@@ -9,8 +9,8 @@ from tdm_r1.errors import RewardError
 from tdm_r1.rewards import load_reward
 from tdm_r1.training import tdm as module
 from tdm_r1.training.clock import Clock
-from tdm_r1.training.queries import pull_input
-from tdm_r1.training.rollout import keyed_generator, renoised, roll_out, score_batches
+from tdm_r1.training.queries import Source
+from tdm_r1.training.rollout import coins, keyed_generator, renoised, roll_out, score_batches
 from tdm_r1.training.trainer import Trainer
 from tests.training.common import recipe
 
@@ -56,9 +56,9 @@ def plain_losses(trainer, batch, iteration, k, j, slot):
     rows = len(batch.cond)
     col = (rows, 1, 1, 1)
 
-    def draw(boundary, lower, purpose, shared):
+    def draw(boundary, lower, purpose, **values):
         key = (recipe_.seed, iteration, *purpose, boundary)
-        return renoised(batch, boundary, schedule, lower=lower, shift=shift, key=key, shared=shared)
+        return renoised(batch, boundary, schedule, lower=lower, shift=shift, key=key, **values)
 
     def x0(name, x, s, cond):
         with torch.no_grad():
@@ -96,12 +96,7 @@ def plain_losses(trainer, batch, iteration, k, j, slot):
     floor = max(sigma[j + 1], rl.t_min_reward)
     x_j, q, eps = draw(j + 1, floor, (module.SURROGATE, slot), shared=True)
     if k < rl.trunc_steps:
-        if j == k and floor == max(sigma[k + 1], rl.t_min):
-            x_r, r = x_j, q
-        elif sigma[k + 1] >= rl.t_min:
-            x_r, r = x_s, s
-        else:
-            x_r, r, _ = draw(k + 1, rl.t_min, (module.PULL,), shared=True)
+        x_r, r = pulled(trainer, batch, iteration, k, j, slot, draw)
         sur_c, sur_u = x0("surrogate", x_r, r, batch.cond), x0("surrogate", x_r, r, batch.uncond)
         guided = sur_u + rl.rl_cfg * (sur_c - sur_u)
         pull = square(guided - x0("base", x_r, r, batch.cond)) / mean(
@@ -130,6 +125,31 @@ def plain_losses(trainer, batch, iteration, k, j, slot):
     return {"fake": fake, "generator": generator, "surrogate": surrogate}
 
 
+def pulled(trainer, batch, iteration, k, j, slot, draw):
+    """x_r and its levels, a row at a time."""
+    rl, sigma = trainer.recipe.reinforcement, trainer.engine.schedule.sigmas
+    floors = [max(sigma[n + 1], t) for n, t in ((k, 0.0), (k, rl.t_min), (j, rl.t_min_reward))]
+    a, b, c = (floor / (3 - 2 * floor) + 0.02 for floor in floors)  # u of the shift 3
+    judging = j == k and c >= b
+    end = c if judging else 1.0
+    from_s, wanted = (end - b) / (1 - a), (end - b) / (1 - b)
+    x_s, s, _ = draw(k + 1, sigma[k + 1], (module.DISTIL, 0), shared=False)
+    x_j, q, _ = draw(j + 1, floors[2], (module.SURROGATE, slot), shared=True)
+    upper = floors[2] if judging else None
+    own, o, _ = draw(k + 1, floors[1], (module.PULL, 1), shared=False, upper=upper)
+    coin = coins(batch, (trainer.recipe.seed, iteration, module.PULL, 0))
+    rows = []
+    for i, level in enumerate(s.tolist()):
+        u = level / (3 - 2 * level)
+        if b - 1e-6 < u < c or (not judging and u > b - 1e-6):
+            rows.append((x_s[i], s[i]))
+        elif not judging or (from_s < 1 and coin[i] < (wanted - from_s) / (1 - from_s)):
+            rows.append((own[i], o[i]))
+        else:
+            rows.append((x_j[i], q[i]))
+    return [torch.stack(part) for part in zip(*rows, strict=True)]
+
+
 def gradients(trainer):
     return {
         f"{name}.{key}": tensor.grad.clone()
@@ -145,15 +165,15 @@ def clear(trainer):
             tensor.grad = None
 
 
-# t_min_reward = t_min shares x_r with the surrogate wherever j = k; 0.6 leaves that to k = 0.
+# t_min_reward = t_min shares x_r with the surrogate wherever j = k; 0.85 makes a mixture of it.
 @pytest.mark.parametrize(
     ("family", "method", "kind", "solver", "rl", "inputs"),
     [
-        ("sd3", "tdm_r1", "full", "euler", {}, {"distil", "surrogate"}),
-        ("sd3", "tdm_r1", "lora", "euler", {"t_min_reward": 0.6}, {"distil", "own"}),
-        ("sd3", "tdm_r1", "lora", "dpm2m", {"trunc_steps": 1}, {"distil", ""}),
-        ("sd3", "tdm", "full", "dpm2m", {}, {""}),
-        ("zimage", "tdm_r1", "lora", "euler", {"reference": "ema"}, {"distil", "surrogate"}),
+        ("sd3", "tdm_r1", "full", "euler", {}, {Source.DISTIL, Source.JUDGED}),
+        ("sd3", "tdm_r1", "lora", "euler", {"t_min": 0.7, "t_min_reward": 0.85}, set(Source)),
+        ("sd3", "tdm_r1", "lora", "dpm2m", {"trunc_steps": 1}, {Source.DISTIL, None}),
+        ("sd3", "tdm", "full", "dpm2m", {}, {None}),
+        ("zimage", "tdm_r1", "lora", "euler", {"reference": "ema"}, {Source.DISTIL, Source.JUDGED}),
     ],
 )
 def test_iteration_has_the_gradients_of_the_plain_method(
@@ -173,7 +193,8 @@ def test_iteration_has_the_gradients_of_the_plain_method(
     sources, sums = set(), {}
     for number, batch in enumerate(batches):
         for slot, (k, j) in enumerate(method_._draw_steps(11, number)):
-            sources.add(pull_input(trainer.recipe, trainer.engine.schedule, k, j))
+            pull = method_._draw_inputs(11, batch, k, j, slot)[1]
+            sources.update([None] if pull is None else pull.source_B.tolist())
             losses = plain_losses(trainer, batch, 11, k, j, slot)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.item()
