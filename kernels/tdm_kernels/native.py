@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdm_kernels import reference
+from tdm_kernels import blocked_linear, reference
 from tdm_kernels.layout import (
     product_dtype,
     traced_as_reference,
@@ -345,9 +345,12 @@ def pack_linear(
 ) -> Callable[..., Tensor]:
     """`reference.pack_linear` over a copy of the weight in the order the kernel reads it."""
     # Larger weights do not stay in the caches: the library's matrix product streams them as fast.
-    if weight_FD.dtype != torch.float32 or weight_FD.numel() > _MAX_PANELLED:
-        return reference.pack_linear(weight_FD, bias_F, sources, gelu=gelu)
-    return PanelLinear(weight_FD, bias_F, sources, gelu)
+    if weight_FD.numel() <= _MAX_PANELLED:
+        if weight_FD.dtype == torch.float32:
+            return PanelLinear(weight_FD, bias_F, sources, gelu)
+        if weight_FD.dtype == torch.bfloat16 and blocked_linear.available():
+            return blocked_linear.BlockedLinear(weight_FD, bias_F, sources, gelu)
+    return reference.pack_linear(weight_FD, bias_F, sources, gelu=gelu)
 
 
 class PanelLinear:

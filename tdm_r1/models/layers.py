@@ -209,13 +209,21 @@ class Transformer(Packable):
         self.bind_ops()
         for name in self.quantized:
             self.layers_by_name()[name].pack_fp8(name, self.fp8_ops())
-        for module in self.modules():
-            if isinstance(module, Packable) and not module.packed:
-                module.pack(self.ops)
+        self.pack_siblings()
         self.weights = tuple(self.parameters())
         for name in self.recordable:
             self.recorded[name] = self.ops.record(getattr(self, name), self.weights)
         return self
+
+    def pack_siblings(self) -> None:
+        """Run sibling linears as one GEMM wherever no gradient is asked for; `unfreeze` undoes it.
+
+        Of `freeze` this much suits a base that carries adapters: gradients flow as before, through
+        the linears one by one.
+        """
+        for module in self.modules():
+            if isinstance(module, Packable) and not module.packed:
+                module.pack(self.ops)
 
     def unfreeze(self) -> Transformer:
         """Undo the packing of `freeze`; `requires_grad` stays as it is.
@@ -329,8 +337,13 @@ class Transformer(Packable):
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
         # A move or cast replaces every parameter's storage: the packed views must be rebuilt.
         was_frozen = self.frozen
-        if was_frozen:
+        was_packed = any(isinstance(m, Packable) and m.packed for m in self.modules())
+        if was_frozen or was_packed:
             self.unfreeze()
         super()._apply(fn, recurse)
         self.bind_ops()
-        return self.freeze() if was_frozen else self
+        if was_frozen:
+            return self.freeze()
+        if was_packed:
+            self.pack_siblings()
+        return self

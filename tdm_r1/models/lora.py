@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tdm_kernels.layout import product_dtype
 from torch import Tensor, nn
 
 from tdm_r1.errors import ConfigError, LoadError, closest
@@ -91,6 +92,7 @@ class LoRALinear(nn.Module):
         return self.alphas[name] / self.ranks[name]
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(product_dtype(x))  # once for the base and the adapter, where autocast would
         out = self.base_layer(x)
         if self.rows is not None:
             return self._add_rows(out, x, self.rows)

@@ -92,8 +92,9 @@ class JointAttention(Attention):
             # The text output of the last block is never read, so its queries are not asked.
             return self.linear("out", ops.joint_attention(q[:, :n], k, v), out=out_BnD), None
         o = ops.joint_attention(q, k, v)
-        # A linear on a strided batch runs as a batched GEMM with the weight repeated: copy instead.
-        image, text = o[:, :n].contiguous(), o[:, n:].contiguous()
+        # A linear on a strided batch runs as a batched GEMM with the weight repeated: copy instead,
+        # and cast on the way what autocast would cast.
+        image, text = (x.to(product_dtype(o)).contiguous() for x in (o[:, :n], o[:, n:]))
         return self.linear("out", image, out=out_BnD), self.linear("added_out", text)
 
     def image_and_text(self, y_BnD: Tensor, yc_BTD: Tensor, ops: Ops) -> tuple[Tensor, ...]:

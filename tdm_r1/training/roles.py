@@ -148,7 +148,9 @@ def build_roles(
     roles["base"] = Role("base", base, None, bf16)
     if bf16:
         base.hold_linears(torch.bfloat16)
-    if not adapters:
+    if adapters:
+        base.pack_siblings()
+    else:
         base.freeze()
     for name, role in roles.items():
         for tensor in role.tensors().values():

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tdm_kernels import native, reference, registry
+from tdm_kernels import blocked_linear, native, reference, registry
+from tdm_kernels.blocked_linear import BlockedLinear
 from tdm_kernels.registry import select
 from tdm_kernels.testing import ULP
 
@@ -167,8 +168,37 @@ def test_pack_linear_leaves_half_precision_to_the_library():
     with torch.autocast("cpu", torch.bfloat16):
         found = native.pack_linear(weight, None, [weight])(x)
         assert torch.equal(found, torch.nn.functional.linear(x, weight))
-    half = native.pack_linear(weight.bfloat16(), None, [weight])
-    assert not isinstance(half, native.PanelLinear)
+    half = native.pack_linear(weight.half(), None, [weight])
+    assert not isinstance(half, (native.PanelLinear, BlockedLinear))
+
+
+@pytest.mark.skipif(not blocked_linear.available(), reason="oneDNN multiplies no bf16 here")
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 8), (24, 768, 192), (77, 45, 33)])
+def test_pack_linear_in_bf16_rounds_once(m, n, k, gelu):
+    x, weight, bias = (randn(*shape, seed=s).bfloat16() for s, shape in
+                       enumerate([(2, m, k), (n, k), (n,)]))  # fmt: skip
+    linear, plain = (p.pack_linear(weight, bias, [weight], gelu=gelu) for p in (native, reference))
+    assert isinstance(linear, BlockedLinear)
+    exact = plain_product(x, weight, bias, gelu)
+    with torch.no_grad():
+        assert_as_good(linear(x), plain(x), exact)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(linear(x.float()), linear(x))
+        strided = torch.cat([x, x], dim=-1)[..., :k]
+        assert torch.equal(linear(strided), linear(x))
+        rows = torch.full((2, m + 2, n), float("nan"), dtype=torch.bfloat16)
+        linear(x, rows[:, 1:-1])
+        assert torch.equal(rows[:, 1:-1], linear(x)) and rows[:, 0].isnan().all()
+        with pytest.raises(RuntimeError):
+            linear(x.float())  # as F.linear refuses it
+        weight.mul_(0.5)  # the reordered weight follows an in-place update
+        assert_as_good(linear(x), plain(x), plain_product(x, weight, bias, gelu))
+
+
+def plain_product(x, weight, bias, gelu):
+    y = x.double() @ weight.double().T + bias.double()
+    return torch.nn.functional.gelu(y, approximate="tanh") if gelu else y
 
 
 def test_a_group_of_one_prompt_is_read_from_a_single_row():

@@ -1,5 +1,6 @@
 """What queries share is their draws, and nothing that changes an answer."""
 
+import copy
 from collections import Counter
 
 import numpy as np
@@ -230,6 +231,30 @@ def test_a_bf16_base_still_trains_fp32_adapters(sd3_dir):
     grads = [p.grad for p in fake.parameters() if p.grad is not None]
     assert grads and {g.dtype for g in grads} == {torch.float32}
     assert all(g.isfinite().all() for g in grads) and any(g.any() for g in grads)
+
+
+def test_a_base_under_adapters_packs_what_carries_none(sd3_dir):
+    config = Roles(kind="lora", rank=4, alpha=8.0, targets=TARGETS)
+    packed = roles_of(sd3_dir, config)
+    plain = copy.deepcopy(packed)  # a copy starts unpacked
+    base = packed["base"].transformer
+    assert not plain["base"].transformer.packed
+    assert {"modulation", "output"} <= set(base.packed) and not base.frozen
+    block = base.transformer_blocks[0]
+    assert set(block.ff.packed) == {"up", "down"} and "qkv" not in block.attn.packed
+    args = torch.randn(2, 16, 8, 8), torch.tensor([900.0, 30.0]), condition("sd3", 2)
+    for _ in range(2):
+        for name in ("base", "fake"):
+            with torch.no_grad():
+                found, expected = (roles[name](*args) for roles in (packed, plain))
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        for roles in (packed, plain):  # moves take along what was packed
+            roles["base"].transformer.to(torch.bfloat16).to(torch.float32)
+    found, expected = (
+        torch.autograd.grad(roles["fake"](*args).square().sum(), list(roles["fake"].parameters()))
+        for roles in (packed, plain)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_default_levels_are_equal_so_that_inputs_are_shared():
