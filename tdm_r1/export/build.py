@@ -182,7 +182,10 @@ def _worst(parity: dict[str, Any]) -> str:
         found = max(parity["rounded"]["worst"].values(), key=lambda f: f["error"] / f["allowed"])
         line += (
             f" unrounded; rounded at most {found['error']:.1e} where {found['allowed']:.1e} is"
-            f" allowed ({found['part']})"
+            f" allowed ({found['part']}, {found['tensor']});"
+            " a whole loop drifts by {exported:.1e}, the Engine's by {engine:.1e}".format(
+                **parity["rounded"]["drift"]
+            )
         )
     return line
 

@@ -37,7 +37,8 @@ class Manifest:
         lowest, the typical and the highest shape. files: path -> sha256.
     precision: "fp32", "bf16" or "fp16", of weights and products; inputs and outputs are fp32.
     source: file of the model -> sha256. parity: what the gate measured, in half precision without
-        rounding, with it under "rounded", and of each graph the largest value that is not fp32.
+        rounding, with it under "rounded" beside the drift of a whole loop and the Engine's, and of
+        each graph the largest value that is not fp32.
     engines: None, or runtime, version, precision and compute_capabilities of the TensorRT engines,
         and by graph the file of each and how many of its layers, and of each kind, give each dtype.
     """
