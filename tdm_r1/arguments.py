@@ -11,11 +11,21 @@ import secrets
 import torch
 from torch import Tensor
 
+from tdm_r1 import flow
 from tdm_r1.errors import ConfigError, closest
 from tdm_r1.pipeline import Pipeline
 from tdm_r1.vae import TILE_UNIT
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+SOLVERS = ("auto", *flow.SOLVERS)
+
+
+def check_solver(solver: str) -> None:
+    """Raise ConfigError unless `solver` is one of SOLVERS."""
+    if solver not in SOLVERS:
+        raise ConfigError(
+            f"solver is {solver!r}; allowed: {', '.join(SOLVERS)}.{closest(solver, SOLVERS)}"
+        )
 
 
 def check_choices(prompts: list[str], output_type: str, num_images_per_prompt: int) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from tdm_r1 import arguments, flow
 from tdm_r1.calibrate import apply_fp8, wants_fp8
-from tdm_r1.errors import ConfigError, closest
+from tdm_r1.errors import ConfigError
 from tdm_r1.exported.loading import BACKENDS, is_export, load_exported
+from tdm_r1.exported.refit import refit
 from tdm_r1.graphs import Backend, device_errors, graph_pool
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.layers import Transformer
@@ -32,12 +33,12 @@ from tdm_r1.trajectory import (
     check_finite,
     consistent_states,
     decode,
+    draw_noise,
     example_conditions,
     finish,
     hand_over,
 )
 
-SOLVERS = ("auto", *flow.SOLVERS)
 _REMEMBERED_PLANS = 8  # SD3.5: 13 MB each
 Callback = Callable[[int, float, Tensor], None]
 
@@ -65,10 +66,7 @@ class Engine:
         a schedule other than the one that a pipeline is tied to, strictness without graphs, or a
         limit below the smallest tile.
         """
-        if solver not in SOLVERS:
-            raise ConfigError(
-                f"solver is {solver!r}; allowed: {', '.join(SOLVERS)}.{closest(solver, SOLVERS)}"
-            )
+        arguments.check_solver(solver)
         self.pipeline = pipeline
         name = pipeline.default_solver if solver == "auto" else solver
         self.schedule = flow.schedule(name, steps, pipeline.shift)
@@ -297,16 +295,18 @@ class Engine:
         self.weights_version += 1
         return update
 
-    def noise(self, seeds: list[int], height: int, width: int) -> Tensor:
-        """Return fp32 [B, C, height/8, width/8] standard normal noise, one seed per image.
+    def refit(self, lora: str | Path | None) -> None:
+        """Give an export made by `--refit` another LoRA, None its own; raises as `refit` there."""
+        self._plans.clear()
+        if self.graphs is not None:
+            self.graphs.clear()  # what recorded an engine may have kept of its weights is unknown
+        self.weights_version += 1
+        with device_errors("a refit"):
+            refit(self.pipeline, lora)
 
-        Drawn on the CPU by a generator per image: the same seed is the same noise whatever the
-        batch and the device.
-        """
-        vae = self.pipeline.vae
-        shape = (vae.latent_channels, height // vae.scale_factor, width // vae.scale_factor)
-        images = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return torch.stack(images).to(self.device)
+    def noise(self, seeds: list[int], height: int, width: int) -> Tensor:
+        """Return fp32 [B, C, height/8, width/8] standard normal noise: see `draw_noise`."""
+        return draw_noise(self.pipeline.vae, seeds, height, width).to(self.device)
 
     def clear_cache(self) -> None:
         """Forget what was computed for prompts: needed after a text encoder's weights change."""

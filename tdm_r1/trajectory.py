@@ -102,6 +102,17 @@ def consistent_states(
         yield x_BChw
 
 
+def draw_noise(vae: VAE, seeds: Sequence[int], height: int, width: int) -> Tensor:
+    """Return fp32 [B, C, height/8, width/8] standard normal noise, one seed per image.
+
+    Drawn on the CPU by a generator per image: the same seed is the same noise whatever the batch
+    and the device.
+    """
+    shape = (vae.latent_channels, height // vae.scale_factor, width // vae.scale_factor)
+    images = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(images)
+
+
 def decode(vae: VAE, latents_BChw: Tensor, limit: int = DECODE_LIMIT) -> Tensor:
     """Return images_B3HW, fp32 in [0, 1], for normalised latents, `limit` pixels at a time.
 

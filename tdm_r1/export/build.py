@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from tdm_r1 import __version__
@@ -24,10 +25,11 @@ from tdm_r1.export.parity import check
 from tdm_r1.export.precision import check_low, check_precision, copy_weights, load_low
 from tdm_r1.export.tensorrt import Target, build_engines
 from tdm_r1.exported.loading import open_parts
-from tdm_r1.exported.manifest import Manifest, write_manifest
+from tdm_r1.exported.manifest import REFIT, Manifest, write_manifest
+from tdm_r1.exported.refit import PARTS
 from tdm_r1.exported.session import import_runtime
 from tdm_r1.files import sha256
-from tdm_r1.models.loading import read_json
+from tdm_r1.models.loading import load_transformer, read_json
 from tdm_r1.pipeline import Pipeline, load_pipeline
 
 PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -46,6 +48,7 @@ def export_model(
     steps: int = 4,
     solver: str = "auto",
     precision: str = "fp32",
+    refit: bool = False,
     target: Target | None = None,
     say: Say = lambda line: None,
 ) -> Manifest:
@@ -53,10 +56,11 @@ def export_model(
 
     `model`, `lora`, `steps` and `solver` as in `Engine.from_pretrained`. `precision` is that of
     weights, products and what lies between: fp32, bf16 or fp16. The graphs take and return fp32.
-    `axes` replaces some of `default_axes`. With a `target`, TensorRT engines are built from the
-    graphs once these have passed the gate. `say` hears of the progress. Everything is written
-    beside `output` under another name, which is given to it at the very end: what is not whole is
-    never there, and is removed on the way out.
+    `axes` replaces some of `default_axes`. `refit` adds what `Engine.refit` needs to change the
+    LoRA: the unmerged weights, and the transformer's in files beside its graphs. With a `target`,
+    TensorRT engines are built from the graphs once these have passed the gate. `say` hears of the
+    progress. Everything is written beside `output` under another name, which is given to it at the
+    very end: what is not whole is never there, and is removed on the way out.
 
     Raises ConfigError for sizes the model does not take, an `output` that exists, or missing
     packages; LoadError as `load_pipeline` does; ExportError for a graph that cannot be made, that
@@ -79,7 +83,9 @@ def export_model(
     chosen = {**default_axes(pipeline), **(axes or {})}
     check_axes(pipeline, chosen)
     with written_whole(output) as root:
-        graphs = _write_graphs(low or engine, chosen, root, say)
+        graphs = _write_graphs(low or engine, chosen, root, say, refit)
+        if refit:
+            _write_unmerged(low or engine, precision, graphs, root)
         for folder in pipeline.path.glob("tokenizer*"):
             shutil.copytree(folder, root / folder.name)
         manifest = replace(_manifest(engine, chosen, graphs, root), precision=precision)
@@ -162,17 +168,33 @@ def _limits(pipeline: Pipeline) -> tuple[int, tuple[int, int], int]:
     return unit, (rows * unit, cols * unit), min(512, (frames - 2) // 32 * 32)
 
 
-def _write_graphs(engine: Engine, axes: Axes, root: Path, say: Say) -> dict[str, dict]:
+def _write_graphs(
+    engine: Engine, axes: Axes, root: Path, say: Say, refit: bool = False
+) -> dict[str, dict]:
     written = {}
     with torch.no_grad(), traceable(engine.pipeline.transformer):
         low = engine.pipeline.transformer.dtype != torch.float32
         for graph in make_graphs(engine.pipeline, engine.schedule.timesteps, axes):
             started = time.perf_counter()
-            written[graph.name] = write_graph(graph, root, LOW_OPSET if low else None)
+            beside = refit and graph.name in PARTS
+            opset = LOW_OPSET if low else None
+            written[graph.name] = write_graph(graph, root, opset, refit=beside)
             size = sum(path.stat().st_size for path in root.glob(f"{graph.name}.onnx*"))
             took = time.perf_counter() - started
             say(f"{graph.name}: {size / 1e6:.1f} MB, {took:.0f} s")
     return written
+
+
+def _write_unmerged(engine: Engine, precision: str, graphs: dict[str, dict], root: Path) -> None:
+    """Write `REFIT`: the model's weights that the graphs hold, in the dtype that LoRAs go into."""
+    model = load_transformer(engine.pipeline.path, backend="reference", device="cpu")
+    # As `load_pipeline` merges: no coarser than the file, nor than what is asked of it.
+    asked = torch.bfloat16 if precision == "bf16" else torch.float32
+    model.to(dtype=torch.promote_types(model.dtype, asked))
+    entries = (entry for name in PARTS for entry in graphs[name]["weights"].values())
+    names = sorted({entry["weight"] for entry in entries})
+    tensors = {name: model.get_parameter(name).detach().contiguous() for name in names}
+    safetensors.torch.save_file(tensors, root / REFIT)
 
 
 def _worst(parity: dict[str, Any]) -> str:

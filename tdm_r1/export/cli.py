@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", **sizes, help="tokens: of SD3 those of T5, of Z-Image those of the prompt")
     precision = "of weights and products: fp32, bf16 or fp16 (default: %(default)s)"
     add("--precision", default="fp32", help=precision)
+    refit = "keep what Engine.refit needs to change the LoRA; engines then need a GPU to be built"
+    add("--refit", action="store_true", help=refit)
     add("--trt", action="store_true", help="build TensorRT engines too; needs no GPU")
     trt = parser.add_argument_group("with --trt").add_argument
     trt("--runtime", help="tensorrt-rtx (the default)")
@@ -93,7 +95,8 @@ def _export(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         solver=arguments.solver,
         precision=arguments.precision,
-        target=Target(**chosen) if arguments.trt else None,
+        refit=arguments.refit,
+        target=Target(**chosen, refit=arguments.refit) if arguments.trt else None,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(arguments.output)
@@ -103,8 +106,8 @@ def _export(arguments: argparse.Namespace) -> int:
 def _dry_run(arguments: argparse.Namespace, axes: dict[str, tuple[int, int]]) -> int:
     from tdm_r1.export.dry_run import dry_run
 
-    given = {"--output": arguments.output, "--lora": arguments.lora, "--trt": arguments.trt}
-    if unused := [option for option, value in given.items() if value]:
+    given = {name: getattr(arguments, name) for name in ("output", "lora", "refit", "trt")}
+    if unused := [f"--{name}" for name, value in given.items() if value]:
         raise ConfigError(f"{unused[0]} does not go with --dry-run, which writes nothing")
     dry_run(
         arguments.model,

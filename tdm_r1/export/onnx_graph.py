@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 import re
 import warnings
@@ -15,12 +14,12 @@ import torch
 
 from tdm_r1.errors import ConfigError, ExportError
 from tdm_r1.export.graphs import Graph
+from tdm_r1.export.naming import name_weights, scopes
 
 LOW_OPSET = 23  # in half precision: attention is one op there, whose scores are never rounded
 # Products that stay fp32 in half precision: a rotary table's angles, which no other dtype resolves.
 FULL_PRODUCTS = ("rotary_emb",)
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention")
-_SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter keeps the modules around a node
 _NODE = re.compile(r"translating node %(\w+)")
 _OP = re.compile(r"No ONNX function found for (.+?)\. Failure")
 
@@ -34,10 +33,13 @@ def check_installed() -> None:
         raise ConfigError("the export needs ONNX: pip install onnx onnxscript") from error
 
 
-def write_graph(graph: Graph, root: Path, opset: int | None = None) -> dict[str, Any]:
+def write_graph(
+    graph: Graph, root: Path, opset: int | None = None, *, refit: bool = False
+) -> dict[str, Any]:
     """Trace `graph` and write `root/<name>.onnx`, above 2 GB with its weights in a file beside it.
 
-    `opset` LOW_OPSET is for graphs in half precision. Returns its entry in the manifest. Raises
+    `opset` LOW_OPSET is for graphs in half precision. `refit` puts the weights beside it in any
+    case, where ONNX Runtime replaces them. Returns its entry in the manifest. Raises
     ExportError for a module that cannot be traced, an op that ONNX lacks (node and module are
     named), an op outside ONNX's own domain, an axis that came out fixed though it was to vary, and
     in half precision a product in fp32 that is not one of FULL_PRODUCTS.
@@ -47,7 +49,8 @@ def write_graph(graph: Graph, root: Path, opset: int | None = None) -> dict[str,
     path = root / f"{graph.name}.onnx"
     with _quiet(), torch.no_grad():
         program = _translate(graph, _trace(graph), opset)
-        program.save(path)
+        weights = name_weights(graph.module, program.model)
+        program.save(path, external_data=refit or None)
     onnx.checker.check_model(str(path), full_check=opset == LOW_OPSET)
     if opset == LOW_OPSET:
         _check_products(graph.name, program.model)
@@ -61,14 +64,15 @@ def write_graph(graph: Graph, root: Path, opset: int | None = None) -> dict[str,
         "inputs": inputs,
         "outputs": outputs,
         "profile": graph.profile(),
+        "weights": weights,
         "opset": program.model.opset_imports[""],
     }
 
 
 def describe(node: Any) -> str:
     """ "Op (node 'name' in module 'path')" of a node of the exporter's."""
-    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    module = scopes[-2] if len(scopes) > 1 else ""
+    found = scopes(node)
+    module = found[-2] if len(found) > 1 else ""
     return f"{node.op_type} (node {node.name!r} in module {module or '(root)'!r})"
 
 

@@ -11,12 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tdm_r1.errors import ConfigError, ExportError
 from tdm_r1.exported.manifest import TENSORRT_RTX
+from tdm_r1.exported.refit import PARTS
 from tdm_r1.exported.tensorrt import import_tensorrt, make_logger
 
 REPORT_EVERY = 30.0  # seconds
@@ -26,13 +29,20 @@ Profile = dict[str, list[list[int]]]
 
 @dataclass(frozen=True)
 class Target:
-    """What engines are built for: compute capabilities such as "8.9", and the runtime."""
+    """What engines are built for: compute capabilities such as "8.9", and the runtime.
+
+    `refit`: the transformer's engines take other weights later.
+    """
 
     compute_capabilities: tuple[str, ...] = ("8.9", "12.0")
     runtime: str = TENSORRT_RTX
+    refit: bool = False
 
     def check(self) -> None:
-        """Raise ConfigError for what cannot be built for, or when TensorRT-RTX is not installed."""
+        """Raise ConfigError for what cannot be built for, or when TensorRT-RTX is not installed.
+
+        With `refit`, a network of one product is built to see: TensorRT-RTX 1.7 needs a GPU for it.
+        """
         if self.runtime != TENSORRT_RTX:
             raise ConfigError(f"--runtime is {self.runtime!r}; allowed: {TENSORRT_RTX!r}")
         known = _known_capabilities()
@@ -47,6 +57,11 @@ class Target:
         if len(set(self.compute_capabilities)) < len(self.compute_capabilities):
             raise ConfigError(
                 f"--compute-capability is {' '.join(self.compute_capabilities)}; allowed: each once"
+            )
+        if self.refit and (reason := _refuses_refit(self)):
+            raise ConfigError(
+                f"--refit: TensorRT-RTX {_import().__version__} builds no engine here whose weights"
+                f" can be replaced ({reason}); build where there is a GPU, or leave out --trt"
             )
 
 
@@ -63,7 +78,8 @@ def build_engines(
     for name, graph in graphs.items():
         started = time.perf_counter()
         path = root / f"{name}.engine"
-        kinds = build_engine(root / graph["file"], path, graph["profile"], target, say)
+        its = target if name in PARTS else replace(target, refit=False)
+        kinds = build_engine(root / graph["file"], path, graph["profile"], its, say)
         layers = sum(map(Counter, kinds.values()), Counter())
         parts[name] = {"file": path.name, "layers": dict(layers), "kinds": kinds}
         took = time.perf_counter() - started
@@ -116,15 +132,8 @@ def _build(graph: Path, profile: Profile, target: Target, monitor: Any) -> tuple
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
         raise ExportError(f"{graph.stem}: TensorRT-RTX cannot take {_explain(parser.get_error(0))}")
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and ten bits are not fp32
-    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or no graph could record it
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config = _configure(builder, target)
     config.progress_monitor = monitor
-    known = _known_capabilities()
-    config.num_compute_capabilities = len(target.compute_capabilities)
-    for i, name in enumerate(target.compute_capabilities):
-        config.set_compute_capability(known[name], i)
     shapes = builder.create_optimization_profile()
     for name, bounds in profile.items():
         shapes.set_shape(name, *bounds)
@@ -139,6 +148,38 @@ def _build(graph: Path, profile: Profile, target: Target, monitor: Any) -> tuple
         if layer.num_outputs:  # an assertion gives nothing
             kinds.setdefault(layer.type.name, Counter())[layer.get_output_type(0).name] += 1
     return plan, {kind: dict(counts) for kind, counts in kinds.items()}
+
+
+def _configure(builder: Any, target: Target) -> Any:
+    """The builder's settings, all but the shapes."""
+    trt, known = _import(), _known_capabilities()
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and ten bits are not fp32
+    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or no graph could record it
+    if target.refit:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.num_compute_capabilities = len(target.compute_capabilities)
+    for i, name in enumerate(target.compute_capabilities):
+        config.set_compute_capability(known[name], i)
+    return config
+
+
+def _refuses_refit(target: Target) -> str | None:
+    """Why the library builds no engine with weights to replace, if so."""
+    trt = _import()
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    weight = np.eye(4, dtype=np.float32)
+    given = network.add_input("x", trt.float32, (4, 4))
+    constant = network.add_constant((4, 4), trt.Weights(weight))
+    plain = trt.MatrixOperation.NONE
+    product = network.add_matrix_multiply(given, plain, constant.get_output(0), plain)
+    network.mark_output(product.get_output(0))
+    if builder.build_serialized_network(network, _configure(builder, target)) is not None:
+        return None
+    return (logger.errors or ["no reason given"])[0]
 
 
 def _explain(error: Any) -> str:

@@ -19,6 +19,7 @@ from tdm_r1.models.loading import read_json
 
 NAME = "export.json"
 FORMAT = 2
+REFIT = "refit.safetensors"  # the unmerged weights, in an export whose LoRA can be changed
 TENSORRT_RTX = "tensorrt-rtx"  # the runtime of the engines
 OPTIONS = {"batch": "--batch", "height": "--heights", "width": "--widths", "text": "--text"}
 
@@ -33,8 +34,9 @@ class Manifest:
     text: what the text encoder is built from: its width, and of SD3 the padded lengths.
     axes: (lowest, highest) of batch (images), height and width (pixels), text (tokens: of SD3 those
         of T5, of Z-Image those of the prompt in its chat template).
-    graphs: by name, file, inputs and outputs with their axes, and the profile: of each input the
-        lowest, the typical and the highest shape. files: path -> sha256.
+    graphs: by name, file, inputs and outputs with their axes, the profile: of each input the
+        lowest, the typical and the highest shape, and the weights: initializer -> the weight of the
+        model that it holds, and whether transposed. files: path -> sha256.
     precision: "fp32", "bf16" or "fp16", of weights and products; inputs and outputs are fp32.
     source: file of the model -> sha256. parity: what the gate measured, in half precision without
         rounding, with it under "rounded" beside the drift of a whole loop and the Engine's, and of
@@ -60,6 +62,11 @@ class Manifest:
     versions: dict[str, str]
     parity: dict[str, Any]
     engines: dict[str, Any] | None
+
+    @property
+    def refittable(self) -> bool:
+        """Whether the export holds what another LoRA is merged into."""
+        return REFIT in self.files
 
     def check(self, **sizes: int) -> None:
         """Raise ConfigError for a size outside its axis, naming the option that widens it."""

@@ -9,7 +9,7 @@ the library against a stand-in that computes the same graph on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Lock
@@ -32,6 +32,7 @@ DTYPES = {
     "INT64": torch.int64,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The axes of a graph by the sizes of the export that they follow from, to name an option.
 _AXES = {
     "rows": ("height",),
@@ -53,6 +54,9 @@ class Queue(Protocol):
 
     def turn(self) -> AbstractContextManager[int]:
         """Inside, work on the stream of this handle follows the caller's, and precedes its next."""
+
+    def finish(self) -> None:
+        """Wait until all that was enqueued on the device is done."""
 
 
 class CudaQueue:
@@ -79,6 +83,9 @@ class CudaQueue:
             yield self.stream.cuda_stream
         finally:
             current.wait_stream(self.stream)
+
+    def finish(self) -> None:
+        torch.cuda.synchronize(self.device)
 
 
 def open_plans(
@@ -111,16 +118,45 @@ class Plan:
         """`graph` is its entry in the manifest. LoadError if the library refuses the file."""
         self.name, self.graph, self.device, self.queue = path.stem, graph, device, queue
         self.recorded = self.name in RECORDED
-        self._logger = make_logger(module)
+        self._module, self._path, self._logger = module, path, make_logger(module)
         self._runtime = module.Runtime(self._logger)  # outlives its engine
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
-            raise LoadError(f"{path} is refused by {module.__name__}: {self._reason()}")
-        self._dtypes = {name: self._dtype(name) for part in ("inputs", "outputs")
-                        for name in graph[part]}  # fmt: skip
-        self._config = self._configure(module)
-        self._contexts: dict[Shapes | None, Any] = {}
         self._lock = Lock()
+        self._load()
+
+    def _load(self) -> None:
+        self._engine = self._runtime.deserialize_cuda_engine(self._path.read_bytes())
+        if self._engine is None:
+            name = self._module.__name__
+            raise LoadError(f"{self._path} is refused by {name}: {self._reason()}")
+        self._dtypes = {name: self._dtype(name) for part in ("inputs", "outputs")
+                        for name in self.graph[part]}  # fmt: skip
+        self._config = self._configure(self._module)
+        self._contexts: dict[Shapes | None, Any] = {}
+
+    def refit(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace weights of the engine by name, in its own memory; none: load it anew.
+
+        It waits for the device, whose work nobody may enqueue meanwhile; contexts stay. Raises
+        ConfigError for an engine that was not built for it, with nothing changed, DeviceError where
+        the library fails, some weights possibly replaced.
+        """
+        with self._lock, self.queue.at():
+            self.queue.finish()
+            if not weights:
+                self._load()
+                return
+            if not self._engine.refittable:
+                raise ConfigError(
+                    f"the engine {self.name!r} cannot be refitted: build it by tdm-r1-export"
+                    " --trt --refit, where there is a GPU"
+                )
+            refitter = self._module.Refitter(self._engine, self._logger)
+            for name, weight in weights.items():
+                assert weight.device.type == "cpu" and weight.is_contiguous(), name
+                dtype = getattr(self._module.DataType, _NAMES[weight.dtype])
+                given = self._module.Weights(dtype, weight.data_ptr(), weight.numel())
+                self._succeed(refitter.set_named_weights(name, given), f"take {name}")
+            self._succeed(refitter.refit_cuda_engine(), "be refitted")
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Enqueue the engine, and return its outputs in the graph's order; they are not waited for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,27 @@ class Session:
 
     def __init__(self, path: Path) -> None:
         """Raises ConfigError when ONNX Runtime is not installed."""
+        self.path = path
+        self.refit({})
+
+    def refit(self, weights: Mapping[str, Tensor]) -> None:
+        """Open the graph anew, `weights` in place of its own of these names; none: as it is stored.
+
+        They must lie in the file beside the graph: any other the runtime may have folded away.
+        """
         onnxruntime = import_runtime()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         # Idle threads that spin would take the cores of PyTorch's, which work between the graphs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        arrays = [weight.detach().contiguous().numpy() for weight in weights.values()]
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+        if values:
+            options.add_external_initializers(list(weights), values)
         self._session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
+            str(self.path), options, providers=["CPUExecutionProvider"]
         )
+        self._weights = values  # theirs is the memory that the session reads
         self._names = [given.name for given in self._session.get_inputs()]
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -109,6 +109,7 @@ def rebuild_command(
     for name in ("height", "width", "text"):
         words += [OPTIONS[name], *axes[name]]
     words += ["--trt", "--runtime", runtime, "--precision", manifest.precision]
+    words += ["--refit"] if manifest.refittable else []
     wanted = engines.get("compute_capabilities", []) if capability is None else [capability]
     if wanted:
         words += ["--compute-capability", *wanted]

@@ -22,6 +22,7 @@ from tdm_r1.exported.session import Session
 STREAM = 7
 Strategy = Enum("Strategy", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"])
 Specialization = Enum("Specialization", ["LAZY", "EAGER", "NONE"])
+DataType = Enum("DataType", ["FLOAT", "HALF", "BF16"])
 Severity = IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING"])
 
 
@@ -37,6 +38,7 @@ class StandIn:
     ILogger = ILogger
     ExecutionContextAllocationStrategy = Strategy
     DynamicShapesKernelSpecializationStrategy = Specialization
+    DataType = DataType
 
     def __init__(self) -> None:
         self.engines: list[Engine] = []
@@ -53,6 +55,12 @@ class StandIn:
 
         return SimpleNamespace(deserialize_cuda_engine=load)
 
+    def Refitter(self, engine: Engine, logger: ILogger) -> Refitter:
+        return Refitter(engine, logger)
+
+    def Weights(self, dtype: DataType, address: int, count: int) -> tuple:
+        return dtype, address, count
+
 
 def write_engine(path: Path, graph: Path) -> None:
     """Write an engine of the ONNX file `graph`."""
@@ -62,7 +70,9 @@ def write_engine(path: Path, graph: Path) -> None:
 class Engine:
     def __init__(self, graph: Path, logger: ILogger) -> None:
         self.name, self.logger = graph.stem, logger
-        self.session = Session(graph)._session
+        self.graph, self.opened = graph, Session(graph)
+        self.session = self.opened._session
+        self.refittable, self.weights = True, {}
         self.inputs = {given.name: _dtype(given.type) for given in self.session.get_inputs()}
         self.outputs = {made.name: _dtype(made.type) for made in self.session.get_outputs()}
         self.contexts: list[Context] = []
@@ -86,6 +96,36 @@ class Engine:
             ones = {n: np.ones(s, self.inputs[n]) for n, s in zip(self.inputs, shapes, strict=True)}
             self.shapes[shapes] = [out.shape for out in self.session.run(None, ones)]
         return self.shapes[shapes]
+
+
+class Refitter:
+    """Takes fp32 weights that the graph has, as many as it has, and reads them when it refits."""
+
+    def __init__(self, engine: Engine, logger: ILogger) -> None:
+        import onnx
+
+        assert engine.refittable
+        self.engine, self.logger = engine, logger
+        model = onnx.load(engine.graph, load_external_data=False)
+        self.known = {value.name: tuple(value.dims) for value in model.graph.initializer}
+        self.given: dict[str, tuple] = {}
+
+    def set_named_weights(self, name: str, weights: tuple) -> bool:
+        dtype, _, count = weights
+        if dtype is not DataType.FLOAT or np.prod(self.known.get(name, 0)) != count:
+            self.logger.log(Severity.ERROR, f"no such weights: {name}")
+            return False
+        self.given[name] = weights
+        return True
+
+    def refit_cuda_engine(self) -> bool:
+        opened = self.engine.opened
+        for name, (_, address, _) in self.given.items():
+            array = _at(address, self.known[name], np.float32).copy()
+            self.engine.weights[name] = torch.from_numpy(array)
+        opened.refit(self.engine.weights)
+        self.engine.session = opened._session
+        return True
 
 
 class Context:
@@ -151,7 +191,7 @@ class Queue:
     """A queue without a GPU, whose work is done at once."""
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self.recording = False
+        self.recording, self.waits = False, 0
 
     def at(self):
         return nullcontext()
@@ -162,6 +202,9 @@ class Queue:
     @contextmanager
     def turn(self):
         yield STREAM
+
+    def finish(self) -> None:
+        self.waits += 1
 
 
 def _at(address: int, shape: tuple, dtype: type) -> np.ndarray:

@@ -52,6 +52,7 @@ def test_two_blocks_of_full_width(name):
         (("--model", "tiny-sd3", "--dry-run"), "--model is 'tiny-sd3'; allowed with --dry-run: "),
         (("--model", "Tongyi-MAI/Z-Image", "--dry-run"), "Did you mean 'Tongyi-MAI/Z-Image-Turbo'"),
         (("--model", ZIMAGE_TURBO, "--dry-run", "--trt"), "--trt does not go with --dry-run"),
+        (("--model", ZIMAGE_TURBO, "--dry-run", "--refit"), "--refit does not go with --dry-run"),
         (("--model", ZIMAGE_TURBO, "--dry-run", "--precision", "x"), "--precision is 'x'"),
         (("--model", ZIMAGE_TURBO), "--output is missing; allowed without it: --dry-run"),
         (("--model", ZIMAGE_TURBO, "--dry-run", "--heights", "8", "64"), "--heights is 8 64"),

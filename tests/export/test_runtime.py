@@ -19,7 +19,7 @@ from tdm_r1.errors import ConfigError, DeviceError, GraphError, LoadError
 from tdm_r1.export.cli import _parser
 from tdm_r1.exported import loading, plan
 from tdm_r1.exported import tensorrt as runtimes
-from tdm_r1.exported.manifest import Manifest, read_manifest, write_manifest
+from tdm_r1.exported.manifest import REFIT, Manifest, read_manifest, write_manifest
 from tdm_r1.exported.plan import ALIGNMENT, Plan
 from tdm_r1.files import sha256
 from tdm_r1.graphs import FakeGraphs
@@ -109,6 +109,13 @@ class TestRefusals:
         assert (found.heights, found.widths, found.text) == ([32, 96], [48, 64], [2, 77])
         assert (found.trt, found.runtime, found.precision) == (True, "tensorrt-rtx", "fp32")
 
+    def test_one_that_can_be_refitted(self, gpu, tmp_path):
+        old = {**ENGINES, "version": "1.6.0"}
+        for files in ({}, {REFIT: "digest"}):
+            manifest = small_manifest(engines=old, files=files)
+            error = self.refused(tmp_path, "built by tensorrt-rtx 1.6.0", manifest)
+            assert self.settings(error, tmp_path).refit is bool(files)
+
     def test_no_engines(self, gpu, tmp_path):
         bundled = {"model": "tiny-sd3", "lora": "pytorch_lora_weights.safetensors"}
         error = self.refused(
@@ -128,8 +135,8 @@ def test_the_stand_in_has_the_names_of_the_package():
     trt = pytest.importorskip("tensorrt_rtx")
     from tests.export import stand_in
 
-    for name in ("Context", "Engine"):
-        theirs = {"Context": trt.IExecutionContext, "Engine": trt.ICudaEngine}[name]
+    packaged = {"Context": trt.IExecutionContext, "Engine": trt.ICudaEngine}
+    for name, theirs in {**packaged, "Refitter": trt.Refitter}.items():
         ours = {n for n in vars(getattr(stand_in, name)) if not n.startswith("_")}
         assert ours - {"output_shapes"} <= set(dir(theirs))
     for name in ("ExecutionContextAllocationStrategy", "DynamicShapesKernelSpecializationStrategy"):
@@ -137,7 +144,11 @@ def test_the_stand_in_has_the_names_of_the_package():
     config = {"set_execution_context_allocation_strategy"}
     config |= {"dynamic_shapes_kernel_specialization_strategy"}
     assert config <= set(dir(trt.IRuntimeConfig))
-    assert trt.DataType.__members__.keys() >= plan.DTYPES.keys()
+    assert (
+        trt.DataType.__members__.keys() >= plan.DTYPES.keys() >= StandIn.DataType.__members__.keys()
+    )
+    assert hasattr(trt.ICudaEngine, "refittable")
+    assert trt.Weights(trt.DataType.FLOAT, 256, 4).size == 4
 
 
 @pytest.fixture
