@@ -1,13 +1,15 @@
-"""Which layers may run in fp8: each one's error alone, and the rule that chooses.
+"""Which layers may run in 8 bits: each one's error alone, and the rule that chooses.
 
-    python -m tdm_r1.calibrate tiny-zimage [--limit 0.05] [-o report.json]
+    python -m tdm_r1.calibrate tiny-zimage [--precision int8] [--limit 0.05] [-o report.json]
 
-Every layer is put into e4m3 alone and the same noise followed to the end. `own` is the error of
+fp8 is e4m3, emulated where the device has none, beside bfloat16; int8 stands beside the device's
+own dtype: bfloat16 on CUDA, float32 on a CPU.
+Every layer is put into 8 bits alone and the same noise followed to the end. `own` is the error of
 what the layer adds to the stream, at the first step, where its inputs are the unquantised model's;
 `latents` is the error of the final latents; both relative, by norms over a few prompts. Errors of
 different layers add like independent ones, as the root of the sum of their squares. The rule: keep
-in bfloat16 the layers with the largest `latents`, as few as bring that root to `limit` or below.
-The report then measures what it chose.
+whole the layers with the largest `latents`, as few as bring that root to `limit` or below. The
+report then measures what it chose.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tdm_kernels.registry import ROWS, explain
 from torch import Tensor
 
 from tdm_r1 import flow
@@ -32,6 +35,7 @@ from tdm_r1.pipeline import Pipeline, load_pipeline
 from tdm_r1.trajectory import Sampler
 
 LIMIT = 0.05  # of the final latents' norm
+PRECISIONS = ("auto", *ROWS)
 PROMPTS = (
     "a red circle and a blue square",
     "a photograph of an old fisherman mending nets at dawn",
@@ -42,7 +46,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class LayerError:
-    """Relative errors of one layer in e4m3, all others in bfloat16."""
+    """Relative errors of one layer in 8 bits, all others whole."""
 
     name: str
     own: float
@@ -51,17 +55,18 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Layers by their error, the largest first; which stay in bfloat16, and what that gives."""
+    """Layers by their error, the largest first; which stay whole, and what that gives."""
 
     layers: tuple[LayerError, ...]
     limit: float
     kept: tuple[str, ...]
     predicted: float
     measured: float
+    precision: str = "fp8"
 
     @property
     def quantized(self) -> tuple[str, ...]:
-        """The layers to run in e4m3."""
+        """The layers to run in 8 bits."""
         return tuple(row.name for row in self.layers if row.name not in self.kept)
 
 
@@ -69,11 +74,12 @@ def calibrate(
     pipeline: Pipeline,
     schedule: flow.Schedule,
     *,
+    precision: str = "fp8",
     limit: float = LIMIT,
     prompts: Sequence[str] = PROMPTS,
     seed: int = 0,
 ) -> Calibration:
-    """Measure every layer of a frozen bfloat16 transformer and leave it quantised as chosen.
+    """Measure every layer of a frozen transformer in `precision` and leave it as chosen.
 
     Raises ConfigError for a limit that is not above 0 and what `Transformer.quantize` refuses.
     """
@@ -82,11 +88,11 @@ def calibrate(
     model = pipeline.transformer
     names = list(model.layers_by_name())
     runs = _Runs(pipeline, schedule, prompts, seed)
-    model.quantize(())
+    model.quantize((), precision)
     exact, streams = runs.follow(names)
     rows = []
     for name in names:
-        model.quantize([name])
+        model.quantize([name], precision)
         found, mine = runs.follow([name])
         (before, after), (_, changed) = streams[name], mine[name]
         own = _relative(changed, after, size=after - before)
@@ -94,9 +100,9 @@ def calibrate(
     rows.sort(key=lambda row: -row.latents)
     kept = choose(rows, limit)
     left = [row for row in rows if row.name not in kept]
-    model.quantize([name for name in names if name not in kept])
+    model.quantize([name for name in names if name not in kept], precision)
     measured = _relative(runs.follow([])[0], exact)
-    return Calibration(tuple(rows), limit, kept, _together(left), measured)
+    return Calibration(tuple(rows), limit, kept, _together(left), measured, precision)
 
 
 def choose(rows: Sequence[LayerError], limit: float) -> tuple[str, ...]:
@@ -116,35 +122,53 @@ def read_calibration(path: str | Path) -> Calibration:
         raise LoadError(f"{path} is no calibration report: {error}") from error
 
 
-def wants_fp8(precision: str, dtype: Any, calibration: str | Path | None) -> bool:
-    """Tell "fp8" from "auto". Raises ConfigError for other words and settings that disagree."""
-    if precision not in ("auto", "fp8"):
+def dtype_beside(precision: str, dtype: Any, calibration: str | Path | None) -> Any:
+    """Return the dtype to load for `precision`: fp8 multiplies into bfloat16 alone.
+
+    Raises ConfigError for other words than `PRECISIONS` and settings that disagree.
+    """
+    if precision not in PRECISIONS:
         raise ConfigError(
-            f"precision is {precision!r}; allowed: 'auto', 'fp8'"
-            + closest(precision, ("auto", "fp8"))
+            f"precision is {precision!r}; allowed: {', '.join(map(repr, PRECISIONS))}."
+            + closest(precision, PRECISIONS)
         )
-    if precision == "fp8" and dtype not in ("auto", "bfloat16", torch.bfloat16):
+    if precision == "auto" and calibration is not None:
+        raise ConfigError("a calibration is for precision='fp8' or 'int8' only")
+    if precision != "fp8":
+        return dtype
+    if dtype not in ("auto", "bfloat16", torch.bfloat16):
         raise ConfigError(f"dtype is {dtype!r}; allowed with precision='fp8': 'auto', 'bfloat16'")
-    if precision != "fp8" and calibration is not None:
-        raise ConfigError("a calibration is for precision='fp8' only")
-    return precision == "fp8"
+    return "bfloat16"
 
 
-def apply_fp8(pipeline: Pipeline, schedule: flow.Schedule, calibration: str | Path | None) -> None:
+def apply_precision(
+    pipeline: Pipeline, schedule: flow.Schedule, precision: str, calibration: str | Path | None
+) -> None:
     """Quantise the layers that a report allows, or that are measured now; release their weights.
 
-    Raises ConfigError for a pipeline without layers of PyTorch weights or a report on others.
+    Raises ConfigError for a pipeline without layers of PyTorch weights, for fp8 where there is none
+    (only backend="reference" emulates it), or a report on other layers or another precision.
     """
     model = pipeline.transformer
     if not model.weights:
-        raise ConfigError("precision is 'fp8'; allowed for an export: 'auto'")
+        raise ConfigError(f"precision is {precision!r}; allowed for an export: 'auto'")
+    if precision == "fp8" and model.backend == "auto":
+        target = model.device, model.dtype, model.head_dim, False
+        reason = explain(*target)["pack_linear_fp8"]["triton"]
+        if reason != "ok":
+            raise ConfigError(
+                f"precision is 'fp8', which cannot run on {model.device.type}: triton {reason};"
+                " allowed: 'int8', or 'fp8' with backend='reference', which emulates it"
+            )
     if calibration is None:
-        calibrate(pipeline, schedule)
+        calibrate(pipeline, schedule, precision=precision)
     else:
         found = read_calibration(calibration)
+        if found.precision != precision:
+            raise ConfigError(f"{calibration} reports on {found.precision}, not on {precision}")
         if {row.name for row in found.layers} != set(model.layers_by_name()):
             raise ConfigError(f"{calibration} reports on the layers of another model")
-        model.quantize(found.quantized)
+        model.quantize(found.quantized, precision)
     model.release()
 
 
@@ -208,26 +232,30 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("model", help="shipped name, directory or Hub id")
     parser.add_argument("--lora", metavar="FILE", help="LoRA to merge first")
+    parser.add_argument("--precision", choices=ROWS, default="fp8", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--limit", type=float, default=LIMIT, help="default: %(default)s")
     parser.add_argument("--device", default="auto")
     parser.add_argument("-o", "--output", type=Path, help="write the report here, as JSON")
     args = parser.parse_args(argv)
     try:
-        pipeline = load_pipeline(args.model, lora=args.lora, device=args.device, dtype="bfloat16")
+        dtype = dtype_beside(args.precision, "auto", None)
+        pipeline = load_pipeline(args.model, lora=args.lora, device=args.device, dtype=dtype)
         schedule = flow.schedule(pipeline.default_solver, args.steps, pipeline.shift)
-        found = calibrate(pipeline, schedule, limit=args.limit)
+        found = calibrate(pipeline, schedule, precision=args.precision, limit=args.limit)
         if args.output is not None:
             args.output.write_text(json.dumps(asdict(found), indent=1) + "\n")
     except (ConfigError, OSError) as error:
         return report(error, "tdm_r1.calibrate", details=False)
+    dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
     print(f"{'layer':24} {'own':>9} {'latents':>9}")
     for row in found.layers:
-        kept = "  bfloat16" if row.name in found.kept else ""
+        kept = f"  {dtype}" if row.name in found.kept else ""
         print(f"{row.name:24} {row.own:9.2e} {row.latents:9.2e}{kept}")
     print(
-        f"{len(found.kept)} of {len(found.layers)} layers stay in bfloat16: the final latents err"
-        f" by {found.measured:.2e}, predicted {found.predicted:.2e}, limit {found.limit:g}"
+        f"{len(found.kept)} of {len(found.layers)} layers stay in {dtype}, the others run in"
+        f" {found.precision}: the final latents err by {found.measured:.2e},"
+        f" predicted {found.predicted:.2e}, limit {found.limit:g}"
     )
     return 0
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tdm_r1 import arguments, flow
-from tdm_r1.calibrate import apply_fp8, wants_fp8
+from tdm_r1.calibrate import apply_precision, dtype_beside
 from tdm_r1.errors import ConfigError
 from tdm_r1.exported.loading import BACKENDS, is_export, load_exported
 from tdm_r1.exported.refit import refit
@@ -107,20 +107,19 @@ class Engine:
 
         `backend="onnx"` opens a directory made by `tdm-r1-export`, and so does "auto" for one;
         "tensorrt-rtx" and "tensorrt" run the engines in it, on a GPU.
-        `graphs`, `strict_graphs` and `decode_limit` are the constructor's. `precision="fp8"`
-        multiplies e4m3 in the layers that the report `calibration` allows, or that are measured now
-        without one, and gives back their bfloat16 weights.
+        `graphs`, `strict_graphs` and `decode_limit` are the constructor's. `precision="fp8"`, and
+        "int8" where there is no fp8, multiply 8-bit rows in layers that the report `calibration`
+        allows, or that are measured now, and give back the weights that those stand for.
         """
-        fp8 = wants_fp8(precision, dtype, calibration)
-        dtype = "bfloat16" if fp8 else dtype
+        dtype = dtype_beside(precision, dtype, calibration)
         if backend == "auto" and is_export(name_or_dir):
             backend = "onnx"
         load: Any = load_exported if backend in BACKENDS else load_pipeline
         pipeline = load(name_or_dir, lora=lora, device=device, dtype=dtype, backend=backend)
         recording: dict[str, Any] = {"graphs": graphs, "strict_graphs": strict_graphs}
         made = cls(pipeline, steps=steps, solver=solver, decode_limit=decode_limit, **recording)
-        if fp8:
-            apply_fp8(pipeline, made.schedule, calibration)
+        if precision != "auto":
+            apply_precision(pipeline, made.schedule, precision, calibration)
         return made
 
     @property

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tdm_kernels import reference_fp8
+from tdm_kernels import quantized, reference_fp8
 from tdm_kernels.glu import MAX_BLOCK, gelu_tanh_of, load_fp32, swiglu_of
 from tdm_kernels.layout import (
     check_rows,
@@ -37,7 +37,7 @@ from tdm_kernels.layout import (
 from tdm_kernels.quantized import Quantized, ScaledLinear, check_product
 
 PER_E4M3_MAX = tl.constexpr(reference_fp8.PER_E4M3_MAX)
-SMALLEST_SCALE = tl.constexpr(reference_fp8.SMALLEST_SCALE)
+SMALLEST_SCALE = tl.constexpr(quantized.SMALLEST_SCALE)
 
 
 @triton.jit

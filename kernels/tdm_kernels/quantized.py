@@ -1,4 +1,4 @@
-"""Rows in e4m3 with their scales, and the linear that reads them, whoever quantises and multiplies.
+"""Rows in e4m3 or int8 with their scales, and the linear that reads them, whoever multiplies.
 
 Shapes: B batch, T tokens, D width, F output features.
 """
@@ -11,17 +11,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Rows of zeros, and of numbers too small to scale, keep a scale with a finite reciprocal.
+SMALLEST_SCALE = 2.0**-126
+# What both sides of a weight are multiples of: tensor cores ask for it.
+MULTIPLES = {torch.float8_e4m3fn: 16, torch.int8: 8}
+
 
 @dataclass(frozen=True)
 class Quantized:
-    """Rows in e4m3, each with its scale: stands for values * scale.
+    """Rows in 8 bits, each with its scale: stands for values * scale.
 
-    values [..., D] float8_e4m3fn, contiguous; scale [..., 1] fp32. Has a shape, a length, and items
-    along the first axis, as a tensor has: both modulations of one norm unpack.
+    values [..., D] float8_e4m3fn or int8, contiguous; scale [..., 1] fp32. Has a shape, a length,
+    and items along the first axis, as a tensor has: both modulations of one norm unpack. `dtype` is
+    that of a linear's results for these rows.
     """
 
     values: Tensor
     scale: Tensor
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def shape(self) -> torch.Size:
@@ -32,7 +39,7 @@ class Quantized:
         return len(self.values)
 
     def __getitem__(self, index: int) -> Quantized:
-        return Quantized(self.values[index], self.scale[index])
+        return Quantized(self.values[index], self.scale[index], self.dtype)
 
     def dequantize(self) -> Tensor:
         """Return values * scale in fp32."""
@@ -41,7 +48,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class ScaledRows:
-    """Some rows of a weight in e4m3, where they lie, and the `quantize_rows` that makes them."""
+    """Some rows of a weight in 8 bits, where they lie, and the `quantize_rows` that makes them."""
 
     live: Quantized
     quantize: Callable[[Tensor], Quantized]
@@ -55,10 +62,10 @@ class ScaledRows:
 
 
 class ScaledLinear:
-    """A linear over W in e4m3, quantised anew after an in-place update of any of `sources`.
+    """A linear over W in 8 bits, quantised anew after an in-place update of any of `sources`.
 
-    `quantize` and `multiply` are a backend's quantize_rows and scaled_linear; `activate`, if given,
-    its gelu_tanh_fp8, applied to the result.
+    `quantize` and `multiply` are a format's quantize_rows and scaled_linear on some backend;
+    `activate`, if given, its GELU-tanh, applied to the result.
     """
 
     def __init__(
@@ -87,13 +94,13 @@ class ScaledLinear:
         self.weight, self.sources = None, ()
 
     def __call__(self, x: Tensor | Quantized, out: Tensor | None = None) -> Tensor | Quantized:
-        """Return bf16 [..., F] for x [..., D], in `out` if given; with `activate`, its e4m3 rows.
+        """Return [..., F] for x [..., D], in `out` if given; with `activate`, its 8-bit rows.
 
         A CUDA graph replays without this: `current` before. Raises ValueError for `out` and
         `activate` together, which nothing could hold.
         """
         if out is not None and self.activate is not None:
-            raise ValueError("out cannot receive activated rows: they leave in e4m3")
+            raise ValueError("out cannot receive activated rows: they leave in 8 bits")
         rows = x if isinstance(x, Quantized) else self.quantize(x)
         y = self.multiply(rows, self.current(), self.bias)
         if self.activate is not None:
@@ -122,8 +129,9 @@ def version_of(sources: Sequence[Tensor]) -> int:
 def check_product(x: Quantized, weight_FD: Quantized, bias_F: Tensor | None) -> None:
     """Raise ValueError for what `scaled_linear` cannot multiply."""
     shape = tuple(weight_FD.shape)
-    if len(shape) != 2 or shape[0] % 16 or shape[1] % 16:
-        raise ValueError(f"weight must be [F, D], multiples of 16, not {list(shape)}")
+    multiple = MULTIPLES[weight_FD.values.dtype]
+    if len(shape) != 2 or shape[0] % multiple or shape[1] % multiple:
+        raise ValueError(f"weight must be [F, D], multiples of {multiple}, not {list(shape)}")
     if x.shape[-1] != shape[1]:
         raise ValueError(f"x must have rows of {shape[1]}, not the shape {list(x.shape)}")
     if bias_F is not None and bias_F.shape != shape[:1]:

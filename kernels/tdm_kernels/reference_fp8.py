@@ -2,7 +2,7 @@
 
 Ops that end in `_fp8` stand in for the op of that name in `reference` where the linear behind it
 multiplies e4m3, one scale per row. They take the same arguments and return `Quantized` rows, which
-unpack and tell their shape as a tensor does: `registry.select(..., fp8=True)` binds them to the
+unpack and tell their shape as a tensor does: `registry.select(..., rows="fp8")` binds them to the
 same fields of `Ops`, and a model's blocks keep their calls. A keyword on each op would reach every
 call site and every backend, and no backend could say beforehand that it lacks it; fields of their
 own would put the choice at every call. They are for inference: no gradient passes through them.
@@ -16,14 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdm_kernels.quantized import Quantized, ScaledLinear, check_product
+from tdm_kernels.quantized import SMALLEST_SCALE, Quantized, ScaledLinear, check_product
 from tdm_kernels.reference import gate_residual, gelu_tanh, norm_modulate, swiglu
 
 # A row's largest magnitude becomes the largest e4m3 number. Times this, not divided by 448: devices
 # differ in how they round a division by a constant.
 PER_E4M3_MAX = 1 / 448
-# Rows of zeros, and of numbers too small to scale, keep a scale with a finite reciprocal.
-SMALLEST_SCALE = 2.0**-126
 
 
 def quantize_rows(x: Tensor) -> Quantized:

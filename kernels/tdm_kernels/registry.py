@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
-from tdm_kernels import native, native_cuda, reference, reference_fp8
+from tdm_kernels import int8, native, native_cuda, reference, reference_fp8
 from tdm_kernels.layout import ATTENTION_HEAD_DIMS
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Target:
 class Ops:
     """The bound functions a model calls; semantics and argument names are those of `reference`.
 
-    Bound with fp8, the ops of `FP8_OPS` are those that end in `_fp8` there.
+    Bound for rows in 8 bits, the ops of `FP8_OPS` make such rows and multiply them.
     """
 
     norm_modulate: Callable
@@ -107,6 +107,14 @@ def _triton_fp8(target: Target) -> str:
     return ""
 
 
+def _int8(target: Target) -> str:
+    if target.grad:
+        return "has no backward pass"
+    if target.device.type not in ("cpu", "cuda"):
+        return "needs a CPU or a CUDA device"
+    return ""
+
+
 def _triton_attention(target: Target) -> str:
     reason = _triton(target)
     if not reason and target.head_dim not in ATTENTION_HEAD_DIMS:
@@ -160,6 +168,7 @@ FP8_OPS = {
     "pack_linear": "tdm_kernels.fp8:pack_linear_fp8",
 }
 FP8_NAMES = {op: f"{op}_fp8" for op in FP8_OPS}
+ROWS = ("fp8", "int8")
 NATIVE_OPS = tuple(op for op in OP_NAMES if hasattr(native, op))
 IMPLS = (
     *(_triton_impl(op, fn) for op, fn in TRITON_OPS.items()),
@@ -187,21 +196,29 @@ def select(
     dtype: torch.dtype = torch.float32,
     head_dim: int = 64,
     grad: bool = True,
-    fp8: bool = False,
+    rows: str | None = None,
 ) -> Ops:
-    """Bind every op to an implementation; with `fp8`, those of `FP8_OPS` to their e4m3 form.
+    """Bind every op to an implementation; those of `FP8_OPS` to their form in `rows`, of `ROWS`.
 
     An explicit `backend` must be able to run every op it claims to: otherwise ValueError with every
     reason; ops it does not claim on this kind of device are the reference's. "auto" takes, per op,
-    the first backend in `BACKENDS` that can run. No e4m3 form has a backward pass: `fp8` with
-    `grad` raises ValueError.
+    the first backend in `BACKENDS` that can run; in int8 the forms are made of these ops, and run
+    on a CPU or a CUDA device. No form in 8 bits has a backward pass: `rows` with `grad` raises
+    ValueError.
     """
     target = Target(torch.device(device), dtype, head_dim, grad)
+    if rows not in (None, *ROWS):
+        raise ValueError(f"rows={rows!r} is unknown; use one of {ROWS}")
+    if rows == "int8":
+        if reason := _int8(target):
+            raise ValueError(f"rows='int8' cannot run on {target}: {reason}")
+        ops = select(backend, device, dtype, head_dim, grad)
+        return replace(ops, **int8.forms(ops))
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use one of {('auto', *BACKENDS)}")
     chosen: dict[str, Impl] = {}
     refused: list[str] = []
-    names = {op: FP8_NAMES.get(op, op) if fp8 else op for op in OP_NAMES}
+    names = {op: FP8_NAMES.get(op, op) if rows == "fp8" else op for op in OP_NAMES}
     for op in names.values():
         for impl in _candidates(op, backend, target):
             reason = impl.reason_against(target)

@@ -14,7 +14,7 @@ import torch
 from tdm_kernels import Ops, select
 from tdm_kernels.quantized import ScaledRows
 from tdm_kernels.reference import to_velocity
-from tdm_kernels.registry import BACKENDS
+from tdm_kernels.registry import BACKENDS, ROWS
 from torch import Tensor, nn
 
 from tdm_r1.errors import ConfigError, closest
@@ -136,7 +136,8 @@ class Transformer(Packable):
         self.frozen = False
         self.checkpoint_blocks = False  # recompute every block's activations in the backward pass
         self.quantized: tuple[str, ...] = ()
-        self.released: dict[str, ScaledRows] = {}  # by name, weights that are left in e4m3 alone
+        self.precision = "fp8"  # of the layers in `quantized`
+        self.released: dict[str, ScaledRows] = {}  # by name, weights that are left in 8 bits alone
         self.recorded: dict[str, Callable[..., Tensor]] = {}
         self.weights: tuple[nn.Parameter, ...] = ()  # once frozen: finding them takes its time
         self.bind_ops()
@@ -208,7 +209,8 @@ class Transformer(Packable):
         self.frozen = True
         self.bind_ops()
         for name in self.quantized:
-            self.layers_by_name()[name].pack_fp8(name, self.fp8_ops())
+            layer = self.layers_by_name()[name]
+            layer.pack_scaled(name, self.scaled_ops(), self.precision)
         self.pack_siblings()
         self.weights = tuple(self.parameters())
         for name in self.recordable:
@@ -235,29 +237,33 @@ class Transformer(Packable):
             if isinstance(module, Packable):
                 module.unpack()
             if isinstance(module, Layer):
-                module.fp8 = None
+                module.scaled = None
         self.recorded, self.weights = {}, ()
         self.frozen = False
         self.bind_ops()
         return self
 
     def layers_by_name(self) -> dict[str, Layer]:
-        """Return the blocks that a sampling step runs, in order: those fp8 would speed up."""
+        """Return the blocks that a sampling step runs, in order: those 8 bits would speed up."""
         raise NotImplementedError
 
-    def quantize(self, names: Sequence[str]) -> None:
-        """Let these layers of a frozen transformer, and no others, multiply e4m3.
+    def quantize(self, names: Sequence[str], precision: str = "fp8") -> None:
+        """Let these layers of a frozen transformer, and no others, multiply in fp8 or int8.
 
-        Raises ConfigError for an unknown layer, one that cannot, another dtype than bfloat16, or a
-        device without e4m3, with the transformer left in its own dtype; and after `release`.
+        fp8 is e4m3, of a transformer in bfloat16; int8 takes any dtype. Raises ConfigError for an
+        unknown layer, one that cannot, another dtype than fp8 takes, or ops that cannot run here,
+        with the transformer left in its own dtype; and after `release`.
         """
         if not self.frozen:
-            raise ConfigError("only a frozen transformer runs in fp8: call freeze() first")
+            raise ConfigError(f"only a frozen transformer runs in {precision}: call freeze() first")
+        if precision not in ROWS:
+            allowed = ", ".join(map(repr, ROWS))
+            raise ConfigError(f"precision is {precision!r}; allowed: {allowed}")
         if unknown := [name for name in names if name not in self.layers_by_name()]:
             hint = closest(unknown[0], self.layers_by_name())
             raise ConfigError(f"no layer {unknown[0]!r} in this model.{hint}")
         self.check_whole("quantised anew")
-        self.quantized = tuple(names)
+        self.quantized, self.precision = tuple(names), precision
         self.unfreeze()
         try:
             self.freeze()
@@ -268,10 +274,10 @@ class Transformer(Packable):
             raise
 
     def release(self) -> None:
-        """Give back the memory of the bfloat16 weights that layers in e4m3 read no more.
+        """Give back the memory of the weights that quantised layers read no more.
 
         For good: the transformer stays where it is, frozen as it is. It cannot be copied or saved,
-        nor compute with gradients; new weights reach it by `LiveWeights`, folded into e4m3.
+        nor compute with gradients; new weights reach it by `LiveWeights`, folded into 8 bits.
         """
         released = dict(self.released)
         for name in self.quantized:
@@ -285,15 +291,16 @@ class Transformer(Packable):
         if self.released:
             raise ConfigError(
                 f"{self.family} cannot be {task}: {len(self.released)} of its weights are left in"
-                " fp8 alone; load it again, without precision='fp8'"
+                f" {self.precision} alone; load it again, without precision={self.precision!r}"
             )
 
-    def fp8_ops(self) -> Ops:
-        """Return the ops of layers in e4m3. Raises ConfigError where there are none."""
-        if self.dtype != torch.bfloat16:
+    def scaled_ops(self) -> Ops:
+        """Return the ops of quantised layers. Raises ConfigError where there are none."""
+        if self.precision == "fp8" and self.dtype != torch.bfloat16:
             raise ConfigError(f"fp8 multiplies into bfloat16: dtype is {self.dtype}")
+        target = self.backend, self.device, self.dtype, self.head_dim, False
         try:
-            return select(self.backend, self.device, self.dtype, self.head_dim, False, fp8=True)
+            return select(*target, rows=self.precision)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

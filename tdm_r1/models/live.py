@@ -1,8 +1,8 @@
 """New weights for a frozen transformer, written over the old ones.
 
 Nothing moves: packed linears, recordings and CUDA graphs read the new weights where they read the
-old. What is made of them besides (kernels' panels, e4m3 rows) is made anew in place; a weight that
-is left in e4m3 alone is folded as any other, rounded to the model's dtype and quantised.
+old. What is made of them besides (kernels' panels, 8-bit rows) is made anew in place; a weight that
+is left in 8 bits alone is folded as any other, rounded to the model's dtype and quantised.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def save_transformer(
     """Write config.json and the weights as diffusers' `from_pretrained` reads them.
 
     Raises ConfigError for a model that still carries adapters: merge or save those on their own;
-    and for one whose weights are left in fp8 alone.
+    and for one whose weights are left in 8 bits alone.
     """
     model.check_whole("saved")
     state = model.state_dict()

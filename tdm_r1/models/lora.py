@@ -247,7 +247,7 @@ def check_lora(
     """Return the weight that each entry of `merge_lora`'s `tensors` belongs to.
 
     Raises LoadError naming every entry without a linear, and every one that its linear cannot take;
-    ConfigError for a model whose weights are left in fp8 alone.
+    ConfigError for a model whose weights are left in 8 bits alone.
     """
     if isinstance(model, Transformer):
         model.check_whole("merged with a LoRA")

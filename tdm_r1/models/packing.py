@@ -1,4 +1,4 @@
-"""Linears packed for inference: siblings as one GEMM, in the model's dtype or in e4m3."""
+"""Linears packed for inference: siblings as one GEMM, in the model's dtype or in 8 bits."""
 
 from __future__ import annotations
 
@@ -91,39 +91,42 @@ class Packable(nn.Module):
 
 
 class Layer(nn.Module):
-    """A block of a transformer, whose linears multiply e4m3 while `fp8` is set.
+    """A block of a transformer, whose linears multiply 8-bit rows while `scaled` is set.
 
     Whoever makes the rows that a layer reads makes them with `ops_for` of that layer.
     """
 
-    fp8: Ops | None = None
-    released = False  # whether its e4m3 weights are all that is left
+    scaled: Ops | None = None
+    precision = ""  # the format of those rows
+    released = False  # whether its 8-bit weights are all that is left
 
     def ops_for(self, ops: Ops) -> Ops:
-        """Return the e4m3 ops where this layer has them, else `ops`; those have no gradients.
+        """Return the ops of 8-bit rows where this layer has them, else `ops`; no gradients pass.
 
         Raises ConfigError for gradients through a layer that has released its weights.
         """
-        if self.fp8 is None or not torch.is_grad_enabled():
-            return ops if self.fp8 is None else self.fp8
+        if self.scaled is None or not torch.is_grad_enabled():
+            return ops if self.scaled is None else self.scaled
         if self.released:
-            raise ConfigError("gradients need weights in bfloat16, and these are left in fp8 alone")
+            raise ConfigError(
+                f"gradients need whole weights, and these are left in {self.precision} alone"
+            )
         return ops
 
-    def pack_fp8(self, name: str, ops: Ops) -> None:
-        """Pack every linear in e4m3. Raises ConfigError, naming the layer, for one that cannot."""
+    def pack_scaled(self, name: str, ops: Ops, precision: str) -> None:
+        """Pack every linear in `precision`. Raises ConfigError, naming the layer, if one cannot."""
         for module in self.modules():
             if isinstance(module, Packable):
                 try:
                     module.pack(ops)
                 except ValueError as error:
-                    raise ConfigError(f"{name} cannot run in fp8: {error}") from error
+                    raise ConfigError(f"{name} cannot run in {precision}: {error}") from error
                 if set(module.packed) != {g for g in module.groups if module.siblings(g)}:
-                    raise ConfigError(f"{name} cannot run in fp8 while it carries adapters")
-        self.fp8 = ops
+                    raise ConfigError(f"{name} cannot run in {precision} while it carries adapters")
+        self.scaled, self.precision = ops, precision
 
     def release(self) -> dict[str, ScaledRows]:
-        """Give back the memory of weights that the e4m3 ones stand for; return those by name.
+        """Give back the memory of weights that the 8-bit ones stand for; return those by name.
 
         NaN stays in the place of a weight, of its shape.
         """
@@ -143,4 +146,4 @@ class Layer(nn.Module):
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "fp8": None}  # copies start unpacked
+        return {**self.__dict__, "scaled": None}  # copies start unpacked

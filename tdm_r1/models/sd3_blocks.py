@@ -215,5 +215,5 @@ class JointBlock(Layer):
 def new_rows(like: Tensor | Quantized, shape: Sequence[int]) -> Tensor:
     """Return memory of this shape for what a linear makes of rows like these."""
     if isinstance(like, Quantized):
-        return like.values.new_empty(shape, dtype=torch.bfloat16)
+        return like.values.new_empty(shape, dtype=like.dtype)
     return like.new_empty(shape, dtype=product_dtype(like))

@@ -191,14 +191,14 @@ def test_packed_linear_writes_where_it_is_told_and_activates():
 
 
 def test_select_binds_the_quantised_forms():
-    ops = registry.select("auto", "cpu", grad=False, fp8=True)
+    ops = registry.select("auto", "cpu", grad=False, rows="fp8")
     for op in registry.FP8_OPS:
         assert getattr(ops, op) is getattr(plain, f"{op}_fp8")
     assert ops.joint_attention is registry.select("auto", "cpu", grad=False).joint_attention
     with pytest.raises(ValueError, match="swiglu_fp8: reference has no backward pass"):
-        registry.select("auto", "cpu", fp8=True)
+        registry.select("auto", "cpu", rows="fp8")
     with pytest.raises(ValueError, match="swiglu_fp8: triton needs a CUDA device"):
-        registry.select("triton", "cpu", grad=False, fp8=True)
+        registry.select("triton", "cpu", grad=False, rows="fp8")
 
 
 def test_triton_asks_for_a_device_that_knows_e4m3(monkeypatch):
@@ -216,7 +216,7 @@ def test_triton_asks_for_a_device_that_knows_e4m3(monkeypatch):
     assert reason(torch.float16) == "multiplies e4m3 into bfloat16, not into torch.float16"
     assert reason() == "ok"
     for backend in ("auto", "triton"):
-        ops = registry.select(backend, "cuda", torch.bfloat16, grad=False, fp8=True)
+        ops = registry.select(backend, "cuda", torch.bfloat16, grad=False, rows="fp8")
         assert ops.norm_modulate is norm.norm_modulate_fp8
         assert ops.pack_linear is fp8.pack_linear_fp8
         assert ops.gate_residual is norm.gate_residual
