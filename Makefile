@@ -9,10 +9,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes that run tests side by side; 0 is none beside pytest itself, for a debugger.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c .ci/constraints.txt
 
 .PHONY: demo test quick native lint format venv clean
@@ -22,10 +25,10 @@ demo: $(BUILT)
 	$(BIN)/python -m tdm_r1 demo $(ARGS)
 
 test: $(BUILT)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 quick: $(BUILT)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

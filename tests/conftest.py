@@ -14,6 +14,13 @@ import pytest  # noqa: E402
 from tests import tiny  # noqa: E402
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Give the tests of a file to one worker, and all of exports: they share what is costly."""
+    for item in items:
+        folder, file = item.path.parent.name, item.path.stem
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "export" else file))
+
+
 @pytest.fixture(scope="session")
 def sd3_dir(tmp_path_factory) -> Path:
     """Random SD3 directory, flow-matching Euler scheduler."""
