@@ -13,7 +13,7 @@ from tdm_r1.training import tdm as tdm_module
 from tdm_r1.training.descent import Descent
 from tdm_r1.training.trainer import Trainer
 from tests.training.common import recipe, write_recipe
-from tests.training.launch import launch
+from tests.training.launch import start_ranks
 
 
 def everything(trainer):
@@ -200,7 +200,7 @@ def test_two_ranks_act_as_one(tmp_path, sd3_dir, bright):
     )
     script = tmp_path / "entry.py"
     script.write_text(TWO_RANKS.format(paths=[p for p in sys.path if p], folder=tmp_path))
-    run = launch(["--recipe", str(path)], ranks=2, script=script)
+    run = start_ranks(["--recipe", str(path)], script=script)
     assert run.returncode == 0, run.stderr[-3000:]
     for rank in (0, 1):
         message = "seed must be the same on every rank; it is 0 on rank 0 and 3 on rank 1"

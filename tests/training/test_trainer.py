@@ -1,7 +1,6 @@
 """Whole runs of the trainer on random tiny models, in this process and under the launcher."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -16,7 +15,12 @@ from tdm_r1.errors import ConfigError, LoadError, RewardError
 from tdm_r1.training import checkpoint, distributed
 from tdm_r1.training.trainer import Interrupted, Trainer, learning_rate
 from tests.training.common import recipe, write_recipe
-from tests.training.launch import ROOT, clean_environment, launch
+from tests.training.launch import (
+    TRAIN,
+    assert_same_roles,
+    clean_environment,
+    start_ranks,
+)
 
 
 def hashes(trainer):
@@ -120,6 +124,8 @@ def test_resumed_equals_uninterrupted_bitwise(kind, zero_stage, tmp_path, sd3_di
             "checkpoint_every": 1,
             "reinforcement": reinforcement,
             "zero_stage": zero_stage,
+            "rollout": {"num_prompts": 2, "group_size": 2, "micro_groups": 1, "steps": 2},
+            "evaluation": {"families": ["counting"], "num_prompts": 2},
         }
 
     whole = Trainer(recipe(tmp_path / "a", sd3_dir, **values(3)))
@@ -131,7 +137,9 @@ def test_resumed_equals_uninterrupted_bitwise(kind, zero_stage, tmp_path, sd3_di
     assert hashes(resumed) == hashes(whole)
 
 
-def test_shares_of_two_ranks_resume_on_one(tmp_path, sd3_dir, bright):
+@pytest.fixture
+def two_and_one(tmp_path, sd3_dir, bright):
+    """The recipe of a run in shares: done by two ranks, into `two`, and by one, into `one`."""
     values = {
         "reward": bright,
         "zero_stage": 2,
@@ -139,13 +147,16 @@ def test_shares_of_two_ranks_resume_on_one(tmp_path, sd3_dir, bright):
         "rollout": {"num_prompts": 2, "group_size": 3, "micro_groups": 1},
         "iterations": 2,
         "checkpoint_every": 1,
-        "optimizers": {"generator": {"lr": 1e-3}},
     }
     path = write_recipe(tmp_path, sd3_dir, **values)
-    two = launch(["--recipe", str(path), "--set", f"output={tmp_path / 'two'}"], ranks=2)
+    two = start_ranks(["--recipe", str(path), "--set", f"output={tmp_path / 'two'}"])
     assert two.returncode == 0, two.stderr[-3000:]
-    values |= {"output": str(tmp_path / "one"), "iterations": 2}
-    Trainer(recipe(tmp_path, sd3_dir, **values)).run()
+    assert_same_roles(two, ("generator", "fake", "surrogate"))
+    Trainer(recipe(tmp_path, sd3_dir, **values, output=str(tmp_path / "one"))).run()
+    return values
+
+
+def test_two_ranks_train_as_one_and_their_shares_resume_on_one(two_and_one, tmp_path, sd3_dir):
     pair = [
         checkpoint.load_checkpoint(checkpoint.latest_checkpoint(tmp_path / run))
         for run in ("two", "one")
@@ -157,8 +168,26 @@ def test_shares_of_two_ranks_resume_on_one(tmp_path, sd3_dir, bright):
         for name, tensor in alone.items():
             if name.endswith("exp_avg"):  # two ranks sum gradients in another order
                 assert (shared[name] - tensor).abs().max() <= 1e-2 * size, name
-    values |= {"output": str(tmp_path / "two"), "iterations": 3, "zero_stage": 1}
-    resumed = Trainer(recipe(tmp_path, sd3_dir, **values), resume=True)
+    rewards = [
+        [
+            json.loads(line)["reward"]
+            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+            if '"reward_std"' in line
+        ]
+        for run in ("one", "two")
+    ]
+    assert np.allclose(rewards[0], rewards[1], atol=1e-5)
+    states = [
+        Engine.from_pretrained(tmp_path / run / "model").pipeline.transformer.state_dict()
+        for run in ("one", "two")
+    ]
+    # AdamW divides by sqrt(v): where a gradient is rounding noise its sign decides a whole lr.
+    close = [
+        torch.isclose(a, states[1][name], atol=1e-4).float().mean() for name, a in states[0].items()
+    ]
+    assert min(close) > 0.95
+    settings = {"output": str(tmp_path / "two"), "iterations": 3, "zero_stage": 1}
+    resumed = Trainer(recipe(tmp_path, sd3_dir, **two_and_one | settings), resume=True)
     found, _ = distributed.optimizer_state(resumed.engines["generator"])
     assert all(torch.equal(found[n], t) for n, t in pair[0][0]["optimizer-generator"].items())
     before = hashes(resumed)
@@ -193,54 +222,9 @@ def test_a_failing_reward_takes_no_step_and_leaves_a_checkpoint(case, tmp_path, 
     assert checkpoint.load_checkpoint(found)[1]["iteration"] == 0
 
 
-def logged_hashes(text):
-    found = {}
-    for name, digest in re.findall(r"role hash (\w+) ([0-9a-f]{64})", text):
-        found.setdefault(name, []).append(digest)
-    return found
-
-
-@pytest.mark.parametrize(("zero_stage", "kind"), [(0, "lora"), (2, "full")])
-def test_two_ranks_train_the_same_roles(zero_stage, kind, tmp_path, sd3_dir, bright):
-    values = {
-        "reward": bright,
-        "zero_stage": zero_stage,
-        "roles": {"kind": kind, "rank": 4, "alpha": 4.0},
-        "rollout": {"num_prompts": 4, "group_size": 3, "micro_groups": 1},
-    }
-    path = write_recipe(tmp_path, sd3_dir, **values)
-    two = launch(["--recipe", str(path), "--set", f"output={tmp_path / 'two'}"], ranks=2)
-    assert two.returncode == 0, two.stderr[-3000:]
-    found = logged_hashes(two.stdout + two.stderr)
-    assert set(found) == {"generator", "fake", "surrogate"}
-    for name, digests in found.items():
-        assert len(digests) == 2 and len(set(digests)) == 1, (name, digests)
-    one = Trainer(recipe(tmp_path, sd3_dir, **values, output=str(tmp_path / "one")))
-    one.run()
-    rewards = [
-        [
-            json.loads(line)["reward"]
-            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
-            if '"reward_std"' in line
-        ]
-        for run in ("one", "two")
-    ]
-    assert np.allclose(rewards[0], rewards[1], atol=1e-5)
-    if kind == "full":
-        pair = [
-            Engine.from_pretrained(tmp_path / run / "model").pipeline.transformer.state_dict()
-            for run in ("one", "two")
-        ]
-        # AdamW divides by sqrt(v): where a gradient is rounding noise its sign decides a whole lr.
-        close = [
-            torch.isclose(a, pair[1][name], atol=1e-4).float().mean() for name, a in pair[0].items()
-        ]
-        assert min(close) > 0.95
-
-
 def test_sigterm_finishes_the_iteration_and_leaves_a_checkpoint(tmp_path, sd3_dir, bright):
     path = write_recipe(tmp_path, sd3_dir, reward=bright, iterations=10_000)
-    command = [sys.executable, str(ROOT / "tdm_r1" / "train.py"), "--recipe", str(path)]
+    command = [sys.executable, str(TRAIN), "--recipe", str(path)]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=clean_environment()
     ) as run:

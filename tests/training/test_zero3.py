@@ -12,7 +12,7 @@ from tdm_r1.training import checkpoint, distributed
 from tdm_r1.training.roles import TRAINED
 from tdm_r1.training.trainer import Trainer
 from tests.training.common import bright_reward, recipe, write_recipe
-from tests.training.launch import launch
+from tests.training.launch import start_ranks
 
 ITERATIONS = 2
 ROLES = {"generator", "fake", "surrogate", "ema", "lag", "reference"}
@@ -97,7 +97,7 @@ def test_two_ranks_share_every_role_and_train_as_one(tmp_path, sd3_dir):
     path = write_recipe(tmp_path, sd3_dir, **values(tmp_path))
     script = tmp_path / "entry.py"
     script.write_text(SCRIPT.format(paths=[p for p in sys.path if p], folder=tmp_path))
-    ran = launch([str(path)], ranks=2, script=script)
+    ran = start_ranks([str(path)], script=script)
     assert ran.returncode == 0, ran.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank-{n}.json").read_text()) for n in (0, 1))
     start, two = first["start"]["hashes"], first["two"]["hashes"]
