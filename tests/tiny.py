@@ -45,13 +45,18 @@ def qwen_tokenizer():
     return vocabulary.qwen_tokenizer(words=WORDS)
 
 
-def make_sd3(root: Path, seed: int = 0, *, solver: str = "euler", with_t5: bool = True) -> Path:
-    """Write a random StableDiffusion3Pipeline directory; `solver` picks its scheduler class."""
+def make_sd3(
+    root: Path, seed: int = 0, *, solver: str = "euler", with_t5: bool = True, layers: int = 3
+) -> Path:
+    """Write a random StableDiffusion3Pipeline directory; `solver` picks its scheduler class.
+
+    Of two `layers` and more the first has two attentions, and the last ends the text.
+    """
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import T5Config, T5EncoderModel
 
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=3,
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=layers,
         attention_head_dim=16, num_attention_heads=4, joint_attention_dim=64,
         caption_projection_dim=64, pooled_projection_dim=56, pos_embed_max_size=16,
         dual_attention_layers=(0,), qk_norm="rms_norm",
@@ -62,8 +67,9 @@ def make_sd3(root: Path, seed: int = 0, *, solver: str = "euler", with_t5: bool 
         t5 = randomise(
             T5EncoderModel(
                 T5Config(
-                    vocab_size=len(tokenizer_3), d_model=64, d_kv=16, d_ff=96, num_layers=2,
-                    num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+                    vocab_size=len(tokenizer_3), d_model=64, d_kv=16, d_ff=96,
+                    num_layers=layers - 1, num_heads=4, feed_forward_proj="gated-gelu",
+                    dropout_rate=0.0,
                 )
             ),
             seed + 1,
@@ -73,9 +79,9 @@ def make_sd3(root: Path, seed: int = 0, *, solver: str = "euler", with_t5: bool 
         transformer=randomise(transformer, seed),
         scheduler=_scheduler(solver),
         vae=_vae(seed + 2, scaling=1.5305, shift=0.0609),
-        text_encoder=_clip(tokenizers[0], 32, seed + 3),
+        text_encoder=_clip(tokenizers[0], 32, seed + 3, layers),
         tokenizer=tokenizers[0],
-        text_encoder_2=_clip(tokenizers[1], 24, seed + 4),
+        text_encoder_2=_clip(tokenizers[1], 24, seed + 4, layers),
         tokenizer_2=tokenizers[1],
         text_encoder_3=t5,
         tokenizer_3=tokenizer_3,
@@ -84,7 +90,7 @@ def make_sd3(root: Path, seed: int = 0, *, solver: str = "euler", with_t5: bool 
     return Path(root)
 
 
-def make_zimage(root: Path, seed: int = 0) -> Path:
+def make_zimage(root: Path, seed: int = 0, *, layers: int = 3) -> Path:
     """Write a random ZImagePipeline directory."""
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
@@ -92,12 +98,13 @@ def make_zimage(root: Path, seed: int = 0) -> Path:
     tokenizer = qwen_tokenizer()
     text_encoder = Qwen3Model(
         Qwen3Config(
-            vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=3,
+            vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96,
+            num_hidden_layers=layers,
             num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
         )
     )  # fmt: skip
     transformer = ZImageTransformer2DModel(
-        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=64, n_layers=3,
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=64, n_layers=layers,
         n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=48, rope_theta=256.0,
         axes_dims=[4, 6, 6], axes_lens=[160, 64, 64],
     )  # fmt: skip
@@ -112,12 +119,12 @@ def make_zimage(root: Path, seed: int = 0) -> Path:
     return Path(root)
 
 
-def _clip(tokenizer, width: int, seed: int):
+def _clip(tokenizer, width: int, seed: int, layers: int):
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=3, num_attention_heads=2, projection_dim=width,
+        num_hidden_layers=layers, num_attention_heads=2, projection_dim=width,
         max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

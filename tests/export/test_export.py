@@ -70,7 +70,7 @@ class TestSD3:
         assert manifest.lora in manifest.source  # the 4-step LoRA is in the weights
         assert "transformer/diffusion_pytorch_model.safetensors" in manifest.source
         assert {graph["file"] for graph in manifest.graphs.values()} <= manifest.files.keys()
-        assert manifest.versions["torch"] == torch.__version__
+        assert torch.__version__.startswith(manifest.versions["torch"])
 
     def test_every_part_was_compared_at_three_sizes_per_axis(self, sd3_export):
         measured = read_manifest(sd3_export).parity
