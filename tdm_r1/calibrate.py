@@ -152,7 +152,7 @@ def apply_precision(
     model = pipeline.transformer
     if not model.weights:
         raise ConfigError(f"precision is {precision!r}; allowed for an export: 'auto'")
-    if precision == "fp8" and model.backend == "auto":
+    if precision == "fp8" and model.backend != "reference":
         target = model.device, model.dtype, model.head_dim, False
         reason = explain(*target)["pack_linear_fp8"]["triton"]
         if reason != "ok":

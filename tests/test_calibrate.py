@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -323,6 +324,17 @@ def test_int8_stands_beside_fp32_on_a_cpu(capsys, tmp_path):
 def test_settings_that_disagree(settings, message):
     with pytest.raises(ConfigError, match=message):
         Engine.from_pretrained("tiny-sd3", **settings)
+
+
+def test_fp8_is_refused_where_only_int8_runs(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    facts = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 64}
+    model = SimpleNamespace(weights=(torch.zeros(1),), backend="auto", **facts)
+    message = "cannot run on cuda: triton needs compute capability 8.9 .* not 8.6; allowed: 'int8'"
+    with pytest.raises(ConfigError, match=message):
+        calibrate.apply_precision(SimpleNamespace(transformer=model), None, "fp8", None)
 
 
 def test_layers_that_cannot(pipeline, engine, zimage_dir):
