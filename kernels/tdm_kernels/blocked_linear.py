@@ -38,6 +38,7 @@ class BlockedLinear:
         self.weight, self.bias, self.sources = weight_FD, bias_F, tuple(sources)
         self.blocked: Tensor | None = None
         self.version = -1
+        self.epilogue: tuple[str, list[float], str]
         self.epilogue = ("gelu", [], "tanh") if gelu else ("none", [], "")
         self.plain = reference.pack_linear(weight_FD, bias_F, sources, gelu=gelu)
 
