@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def _sources(*folders: Path) -> list[Path]:
     return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 
+@cache
 def _imports(path: Path) -> set[str]:
     """Absolute dotted names that a file imports anywhere, also inside functions.
 

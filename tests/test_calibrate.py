@@ -208,7 +208,7 @@ def test_updates_fold_into_8_bits_alone(pair):
     lora.inject(trained, ["generator"], rank=2, alpha=2, targets=targets)
     role = Role("generator", trained, "generator", bf16=False)
     written, seen = [], [first]
-    for step in range(3):
+    for step in range(2):
         with torch.no_grad():
             for tensor in role.tensors().values():
                 tensor.normal_(std=0.2, generator=torch.Generator().manual_seed(step))
@@ -217,7 +217,7 @@ def test_updates_fold_into_8_bits_alone(pair):
         seen.append(same_latents(pair))
         assert not torch.equal(seen[-1], seen[-2])
     assert written[0].num_written == written[0].num_tensors > written[1].num_written
-    assert len({update.checksum for update in written}) == 3
+    assert len({update.checksum for update in written}) == 2
     assert all(engine.graphs.backend.num_captures == 1 for engine in pair)
 
 
