@@ -92,6 +92,18 @@ class TestNames:
         session.refit({})
         assert torch.equal(session(x)[0], before)
 
+    def test_tensorrt_knows_the_names(self, written):
+        # Without a GPU as far as it goes: the parser's network, which names what can be replaced.
+        trt = pytest.importorskip("tensorrt_rtx")
+        _, root, entry = written
+        logger = trt.Logger(trt.Logger.ERROR)
+        builder = trt.Builder(logger)
+        typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(typed)
+        assert trt.OnnxParser(network, logger).parse_from_file(str(root / entry["file"]))
+        assert all(network.mark_weights_refittable(name) for name in entry["weights"])
+        assert not network.mark_weights_refittable("folded.weight")
+
     def test_an_initializer_that_is_not_the_weight(self, tmp_path):
         class Doubled(nn.Linear):
             def forward(self, x):
