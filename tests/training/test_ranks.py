@@ -14,7 +14,7 @@ from tdm_r1.training.trainer import Trainer
 from tests.training.common import bright_reward, recipe, write_recipe
 from tests.training.launch import assert_same_roles, launch, start_ranks
 
-ITERATIONS = 3
+ITERATIONS = 5
 
 
 def curves(folder):
