@@ -15,11 +15,17 @@ import pytest  # noqa: E402
 from tests import tiny  # noqa: E402
 
 
-def pytest_collection_modifyitems(items) -> None:
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
     """Give the tests of a file to one worker, and all of exports: they share what is costly."""
-    for item in items:
-        folder, file = item.path.parent.name, item.path.stem
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "export" else file))
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByWhatIsShared(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/export" if file.startswith("tests/export/") else file
+
+    return ByWhatIsShared(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)
