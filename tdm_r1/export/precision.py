@@ -26,11 +26,10 @@ from tdm_r1.export.emulation import Watched, write_rounded, write_wide
 from tdm_r1.export.graphs import Axes
 from tdm_r1.export.parity import check, encoders
 from tdm_r1.exported.loading import assemble, open_parts
-from tdm_r1.exported.manifest import Manifest
+from tdm_r1.exported.manifest import DTYPES, Manifest
 from tdm_r1.pipeline import Pipeline, load_pipeline
 from tdm_r1.vae import VAE
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADROOM = 2.0  # other prompts reach further than the gate's few
 
 

@@ -45,7 +45,10 @@ def load_exported(
     """
     root = Path(root).expanduser()
     if lora is not None:
-        raise ConfigError(f"lora is {str(lora)!r}: merge it with `tdm-r1-export --lora`")
+        raise ConfigError(
+            f"lora is {str(lora)!r}: merge it with `tdm-r1-export --lora`, or `Engine.refit` an"
+            " export that was made with --refit"
+        )
     if dtype not in ("auto", "float32", torch.float32):
         raise ConfigError(
             f"dtype is {str(dtype)!r}; allowed with backend={backend!r}: 'auto', 'float32'"

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tdm_r1 import flow
 from tdm_r1.errors import ConfigError, LoadError
 from tdm_r1.files import sha256
@@ -21,6 +23,7 @@ NAME = "export.json"
 FORMAT = 2
 REFIT = "refit.safetensors"  # the unmerged weights, in an export whose LoRA can be changed
 TENSORRT_RTX = "tensorrt-rtx"  # the runtime of the engines
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by precision
 OPTIONS = {"batch": "--batch", "height": "--heights", "width": "--widths", "text": "--text"}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tdm_r1.errors import ConfigError, DeviceError
-from tdm_r1.exported.manifest import REFIT, Manifest
+from tdm_r1.exported.manifest import DTYPES, REFIT, Manifest
 from tdm_r1.exported.transformer import ExportedTransformer
 from tdm_r1.models.layers import name_some
 from tdm_r1.models.loading import CLASSES
@@ -23,7 +23,6 @@ from tdm_r1.models.lora_list import load_lora
 from tdm_r1.pipeline import Pipeline
 
 PARTS = ("context", "transformer")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def refit(pipeline: Pipeline, lora: str | Path | None) -> None:
