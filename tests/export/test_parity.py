@@ -46,6 +46,26 @@ def test_a_loop_is_held_to_its_stages_and_not_to_one_drift():
     assert measured["drift"].keys() == {"exported", "engine"}
 
 
+def test_the_largest_error_stands_against_the_largest(sd3_dir, monkeypatch):
+    # One draw says little: here the graph errs threefold at one size and the Engine at another.
+    exact = torch.ones(4)
+    errors = [(0.03, 0.01), (0.01, 0.03), (0.01, 0.01), (0.01, 0.01)]
+
+    def results(engines, sizes, generator):
+        yield "transformer", "last step", [exact, *(exact + error for error in drawn.pop(0))]
+
+    monkeypatch.setattr(parity, "_results", results)
+    engine = Engine.from_pretrained(sd3_dir, device="cpu", dtype="bfloat16")
+    drawn = list(errors)
+    found = parity.check(engine, engine, AXES, engine)["worst"]["transformer"]
+    assert found["error"] == pytest.approx(0.03, rel=1e-5)
+    assert found["allowed"] == pytest.approx(0.06 + 2 * 2**-8, rel=1e-5)
+    drawn = [(0.07, 0.01), *errors[1:]]
+    message = "last step by 0.07 of its largest value .*allowed: 0.068"
+    with pytest.raises(ExportError, match=message):
+        parity.check(engine, engine, AXES, engine)
+
+
 class TestFaults:
     """What no part shows, and a loop does."""
 
