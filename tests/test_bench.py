@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from bench import signal, train
+from bench import gradient_signal, train
 from bench.generate import main
 from bench.timing import interleaved
 
@@ -65,7 +65,7 @@ def test_train(capsys):
         assert min(split) > 0 and sum(split) <= 1.01 * result[side]["seconds"]
 
 
-def test_signal(capsys):
+def test_gradient_signal(capsys):
     threads = torch.get_num_threads()
     try:
         sizes = [
@@ -76,12 +76,12 @@ def test_signal(capsys):
             "--set",
             "rollout.group_size=2",
         ]
-        assert signal.main([*sizes, "--threads", "1"]) == 0
+        assert gradient_signal.main([*sizes, "--threads", "1"]) == 0
     finally:
         torch.set_num_threads(threads)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["pictures"] == 2  # of each set; the third prompt is in neither
-    assert [row["lower"] for row in result["rows"]] == list(signal.EDGES[:-1])
+    assert [row["lower"] for row in result["rows"]] == list(gradient_signal.EDGES[:-1])
     assert all(row["norm"] > 0 and abs(row["cosine"]) < 1 for row in result["rows"])
 
 
@@ -89,7 +89,7 @@ def test_signal_of_known_gradients():
     """Two samples of mean 1 and deviation 3, n = 9: as much noise as signal."""
     draws = torch.Generator().manual_seed(0)
     first, second = (1 + torch.randn(100_000, generator=draws).double() for _ in range(2))
-    found = signal.compare(first, second, 9)
+    found = gradient_signal.compare(first, second, 9)
     assert found["cosine"] == pytest.approx(0.5, abs=0.01)
     assert found["pictures_for_half"] == pytest.approx(9, abs=1)
-    assert signal.compare(first, -first, 9)["pictures_for_half"] is None
+    assert gradient_signal.compare(first, -first, 9)["pictures_for_half"] is None

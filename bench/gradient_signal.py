@@ -1,6 +1,6 @@
 """How much of the surrogate's first gradient is signal, by noise level?
 
-    python -m bench.signal [--recipe tiny-sd3-shapes] [--prompts 192] [--output FILE]
+    python -m bench.gradient_signal [--recipe tiny-sd3-shapes] [--prompts 192] [--output FILE]
 
 Two disjoint sets of rollouts give two gradients of the surrogate's loss, with levels from one range
 alone. Each is signal plus noise of its own sample, so their cosine is c = S / (S + N/n): the share
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append({"lower": lower, "upper": upper, **compare(first, second, pictures)})
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     facts = {"recipe": arguments.recipe, "changed": arguments.set, "pictures": pictures}
-    report({"bench": "signal", **facts, **environment(), "rows": rows}, arguments.output)
+    report({"bench": "gradient_signal", **facts, **environment(), "rows": rows}, arguments.output)
     return 0
 
 
