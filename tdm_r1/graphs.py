@@ -298,7 +298,9 @@ class _Reads(TorchDispatchMode):
 
 
 def _addresses(tree: Any) -> set[int]:
-    tensors = (x for x in tree_leaves(tree) if isinstance(x, Tensor))
+    # A weight in oneDNN's order has no address to tell; a CUDA graph reads none.
+    leaves = (x for x in tree_leaves(tree) if isinstance(x, Tensor))
+    tensors = (x for x in leaves if x.layout is torch.strided)
     return {x.untyped_storage().data_ptr() for x in tensors if x.untyped_storage().nbytes()}
 
 
