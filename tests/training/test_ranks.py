@@ -74,8 +74,10 @@ def test_two_ranks_are_one_with_twice_the_work(zero_stage, kind, tmp_path, sd3_d
     for name, curve in ours.items():
         if not name.startswith("grad_norm"):  # before the first step nothing has been added up
             assert theirs[name][0] == curve[0], name
-        apart = np.nanmax(np.abs(theirs[name] - curve))
-        assert apart <= 5e-3 * np.nanmax(np.abs(curve)), (name, curve, theirs[name])
+        apart, size = np.nanmax(np.abs(theirs[name] - curve)), np.nanmax(np.abs(curve))
+        if name == "surrogate_margin":  # what is left of two errors, with the rounding of both
+            size = max(size, 0.01 * ours["surrogate_error"].max())
+        assert apart <= 5e-3 * size, (name, curve, theirs[name])
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
