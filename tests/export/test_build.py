@@ -101,7 +101,7 @@ class TestBadInput:
         assert not list(tmp_path.iterdir())
 
     def test_a_full_disk(self, capsys, tmp_path, sd3_dir, monkeypatch):
-        def write_half(graph, root, *arguments):
+        def write_half(graph, root, *arguments, **options):
             (root / f"{graph.name}.onnx").write_bytes(b"half")
             raise OSError(28, "No space left on device", str(root))
 
@@ -126,7 +126,7 @@ class TestBadInput:
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_export_that_stops_leaves_nothing(tmp_path, sd3_dir, monkeypatch, stop):
-    def write_half(graph, root, *arguments):
+    def write_half(graph, root, *arguments, **options):
         (root / f"{graph.name}.onnx").write_bytes(b"half")
         raise stop
 
