@@ -41,7 +41,7 @@ def test_a_loop_is_held_to_its_stages_and_not_to_one_drift():
     axes = {**AXES, "batch": (4, 4), "text": (64, 64)}
     measured = parity.check(exact, other, axes, low)
     found = measured["worst"]["loop"]
-    assert 1e-3 < found["error"] <= found["allowed"] < 0.02
+    assert 1e-3 < found["error"] <= found["allowed"] < 0.05
     assert all(1e-3 < drift < 1 for drift in measured["drift"].values())
     assert measured["drift"].keys() == {"exported", "engine"}
 
