@@ -1,6 +1,6 @@
 """How much of the surrogate's first gradient is signal, by noise level?
 
-    python -m bench.gradient_signal [--recipe tiny-sd3-shapes] [--prompts 192] [--output FILE]
+    python -m bench.gradient_signal [--recipe tiny-sd3-shapes] [--prompts 384] [--output FILE]
 
 Two disjoint sets of rollouts give two gradients of the surrogate's loss, with levels from one range
 alone. Each is signal plus noise of its own sample, so their cosine is c = S / (S + N/n): the share
@@ -29,7 +29,7 @@ from tdm_r1.training.losses import surrogate_loss
 from tdm_r1.training.rollout import Batch, keyed_generator, roll_out, score_batches
 from tdm_r1.training.trainer import Trainer
 
-EDGES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.96, 1.0)  # levels; pictures of 64 pixels decide above 0.7
+EDGES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.96, 1.0)  # levels, from a recipe's t_min up to noise
 
 
 def judged(trainer: Trainer, num_prompts: int) -> list[Batch]:
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--recipe", default="tiny-sd3-shapes")
-    parser.add_argument("--prompts", type=int, default=192, help="of both sets together")
+    parser.add_argument("--prompts", type=int, default=384, help="of both sets together")
     parser.add_argument("--set", action="append", default=[], help="a key of the recipe: a.b=value")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="store the JSON here too")
