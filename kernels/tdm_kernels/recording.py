@@ -7,7 +7,7 @@ whole forward in C++, its threads meeting at barriers: what a CUDA graph is to a
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,6 +22,7 @@ _MAX_NUMBERS = 2**15  # in the first input: above, computing takes longer than c
 _MAX_PROGRAMS = 8  # different shapes kept
 _ALLOCATE = ("empty", "new_empty", "empty_like")
 _PASS = ("detach", "alias", "_unsafe_view")
+_unused: deque[int] = deque()  # numbers of programs nobody holds, forgotten at the next recording
 
 
 def record(call: Callable[..., Tensor], sources: Iterable[Tensor]) -> Callable[..., Tensor]:
@@ -75,6 +76,7 @@ class Program:
 
     def __init__(self, call: Callable[..., Tensor], inputs: tuple) -> None:
         """Raises NotRecordable."""
+        _forget_unused()
         buffers = _Buffers()
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -97,8 +99,18 @@ class Program:
         return self.output.clone()
 
     def __del__(self) -> None:
+        # An op called here would become part of whatever is being traced when this is collected.
         if hasattr(self, "number"):
-            native_op("forget")(self.number)
+            _unused.append(self.number)
+
+
+def _forget_unused() -> None:
+    while True:
+        try:
+            number = _unused.pop()
+        except IndexError:
+            return
+        native_op("forget")(number)
 
 
 class _Buffers(TorchDispatchMode):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tdm_kernels import native, reference
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.loading import load_transformer
@@ -148,3 +149,21 @@ def test_both_models_replay_what_they_compute(family, request):
     assert not torch.equal(changed, expected)
     model.recorded = {}
     assert torch.equal(model.velocity(x, t, cond), changed)
+
+
+def test_a_recording_that_is_dropped_leaves_nothing_in_what_is_being_traced():
+    recorded = [recording.record(Layer(), [])]
+    recorded[0](*inputs())
+    (program,) = recorded[0].programs.values()
+    number = program.number
+    del program
+
+    def traced(x):
+        recorded.clear()  # as a search for garbage may, at any time
+        return x + 1
+
+    graph = make_fx(traced)(torch.ones(2)).graph
+    assert not recorded and number in recording._unused
+    assert all("tdm_kernels" not in str(node.target) for node in graph.nodes)
+    recording.record(Layer(), [])(*inputs())
+    assert number not in recording._unused
