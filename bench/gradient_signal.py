@@ -22,9 +22,6 @@ from torch import Tensor
 from bench.timing import environment, report
 from tdm_r1 import flow
 from tdm_r1.config import load_recipe
-from tdm_r1.prompts import PromptSampler, load_prompts
-from tdm_r1.rewards import load_reward
-from tdm_r1.training.clock import Clock
 from tdm_r1.training.losses import surrogate_loss
 from tdm_r1.training.rollout import Batch, keyed_generator, roll_out, score_batches
 from tdm_r1.training.trainer import Trainer
@@ -34,17 +31,12 @@ EDGES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.96, 1.0)  # levels, from a recipe's t_min up
 
 def judged(trainer: Trainer, num_prompts: int) -> list[Batch]:
     """Rollouts of the generator with their advantages, over all of them; whole micro-batches."""
-    recipe, role = trainer.recipe, trainer.roles["generator"]
-    prompts, rollout = recipe.prompts, recipe.rollout
-    sampler = PromptSampler(
-        load_prompts(prompts.source, prompts.families, prompts.split), recipe.seed
-    )
-    groups, count = sampler.draw(num_prompts), rollout.micro_groups
+    method, recipe, role = trainer.method, trainer.recipe, trainer.roles["generator"]
+    groups, count = method.sampler.draw(num_prompts), recipe.rollout.micro_groups
     parts = [groups[i : i + count] for i in range(0, num_prompts - count + 1, count)]
-    batches = [
-        roll_out(trainer.engine, role, part, rollout.group_size, recipe.seed) for part in parts
-    ]
-    score_batches(trainer.engine, role, batches, load_reward(recipe.reward), Clock())
+    size, seed = recipe.rollout.group_size, recipe.seed
+    batches = [roll_out(trainer.engine, role, part, size, seed) for part in parts]
+    score_batches(trainer.engine, role, batches, method.reward, method.clock)
     return batches
 
 
