@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 from tdm_r1.config import Optimizer
 from tdm_r1.training import optimizer as optimizers
+
+log = logging.getLogger(__name__)
 
 # What ZeRO-3 does besides: keep nothing whole (small tensors by default), fetch nothing ahead, sum
 # gradients without a standing buffer, leave torch.nn.functional.linear alone.
@@ -41,11 +46,24 @@ def init() -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import deepspeed
 
+    _spare_the_compiler(deepspeed)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     # Rank 0 evaluates alone while the others wait: the default of ten minutes is too short.
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=4))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _spare_the_compiler(deepspeed: Any) -> None:
+    """DeepSpeed compiles its shared-memory reductions where it runs: not for a process alone.
+
+    Their lock outlives a process killed while it compiled, and later ones wait for it in silence.
+    """
+    op = "deepspeed_shm_comm"
+    if os.environ["WORLD_SIZE"] == "1":
+        deepspeed.ops.__compatible_ops__[op] = False
+    elif (lock := Path(cpp_extension._get_build_directory(op, verbose=False), "lock")).exists():
+        log.warning("waiting for %s: remove it if no other process compiles", lock)
 
 
 def rank() -> int:
