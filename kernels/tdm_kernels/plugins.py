@@ -6,7 +6,7 @@ An engine launches a kernel of its own accord: with the inputs, then int32 value
 shapes, then the outputs; once, without scratch memory, and with no other numbers. So every op that
 an exported graph can use has an entry here, around the kernel that PyTorch launches: it takes
 contiguous tensors, as an engine has them, works out their strides from T, and holds epsilon and all
-widths as constants. Nothing here puts a plugin into an engine yet.
+widths as constants.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from tdm_r1.errors import ConfigError
 from tdm_r1.export.graphs import Axes, make_graphs, traceable
 from tdm_r1.export.onnx_graph import LOW_OPSET, check_installed, write_graph
 from tdm_r1.export.parity import check
+from tdm_r1.export.plugin_ops import PluginOp, bind
 from tdm_r1.export.precision import check_low, check_precision, copy_weights, load_low
 from tdm_r1.export.tensorrt import Target, build_engines
 from tdm_r1.exported.loading import open_parts
@@ -83,7 +84,8 @@ def export_model(
     chosen = {**default_axes(pipeline), **(axes or {})}
     check_axes(pipeline, chosen)
     with written_whole(output) as root:
-        graphs = _write_graphs(low or engine, chosen, root, say, refit)
+        plugins = target is not None and target.plugins
+        graphs = _write_graphs(low or engine, chosen, root, say, refit, plugins)
         if refit:
             _write_unmerged(low or engine, precision, graphs, root)
         for folder in pipeline.path.glob("tokenizer*"):
@@ -169,16 +171,25 @@ def _limits(pipeline: Pipeline) -> tuple[int, tuple[int, int], int]:
 
 
 def _write_graphs(
-    engine: Engine, axes: Axes, root: Path, say: Say, refit: bool = False
+    engine: Engine,
+    axes: Axes,
+    root: Path,
+    say: Say,
+    refit: bool = False,
+    plugins: bool = False,
 ) -> dict[str, dict]:
     written = {}
-    with torch.no_grad(), traceable(engine.pipeline.transformer):
-        low = engine.pipeline.transformer.dtype != torch.float32
+    transformer = engine.pipeline.transformer
+    seen: dict[str, PluginOp] = {}
+    with torch.no_grad(), traceable(transformer):
+        if plugins:
+            transformer.ops = bind(transformer.ops, seen)
+        low = transformer.dtype != torch.float32
         for graph in make_graphs(engine.pipeline, engine.schedule.timesteps, axes):
             started = time.perf_counter()
             beside = refit and graph.name in PARTS
             opset = LOW_OPSET if low else None
-            written[graph.name] = write_graph(graph, root, opset, refit=beside)
+            written[graph.name] = write_graph(graph, root, opset, refit=beside, seen=seen)
             size = sum(path.stat().st_size for path in root.glob(f"{graph.name}.onnx*"))
             took = time.perf_counter() - started
             say(f"{graph.name}: {size / 1e6:.1f} MB, {took:.0f} s")

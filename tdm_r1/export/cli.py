@@ -50,11 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", default="fp32", help=precision)
     refit = "keep what Engine.refit needs to change the LoRA; engines then need a GPU to be built"
     add("--refit", action="store_true", help=refit)
-    add("--trt", action="store_true", help="build TensorRT engines too; needs no GPU")
+    add("--trt", action="store_true", help="build TensorRT engines too")
     trt = parser.add_argument_group("with --trt").add_argument
-    trt("--runtime", help="tensorrt-rtx (the default)")
+    trt("--runtime", help="tensorrt-rtx, which needs no GPU (the default), or tensorrt")
     capability: dict[str, Any] = {"nargs": "+", "metavar": "X.Y"}
-    trt("--compute-capability", **capability, help="of the GPUs (default: 8.9 12.0)")
+    capabilities = "of the GPUs (default: 8.9 12.0; of tensorrt that of the GPU here)"
+    trt("--compute-capability", **capability, help=capabilities)
+    plugins = "with --runtime tensorrt: put this package's Triton kernels into the engines"
+    trt("--plugins", action="store_true", help=plugins)
     add("--traceback", action="store_true", help="show where an error came from")
     return parser
 
@@ -70,8 +73,9 @@ def _export(arguments: argparse.Namespace) -> int:
         and tuple(arguments.compute_capability),
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    if chosen and not arguments.trt:
-        raise ConfigError("--runtime and --compute-capability go with --trt")
+    if (chosen or arguments.plugins) and not arguments.trt:
+        raise ConfigError("--runtime, --compute-capability and --plugins go with --trt")
+    asked = {name: getattr(arguments, name) for name in ("refit", "plugins")}
     axes = {
         name: tuple(ends)
         for name, ends in (
@@ -96,7 +100,7 @@ def _export(arguments: argparse.Namespace) -> int:
         solver=arguments.solver,
         precision=arguments.precision,
         refit=arguments.refit,
-        target=Target(**chosen, refit=arguments.refit) if arguments.trt else None,
+        target=Target(**chosen, **asked) if arguments.trt else None,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(arguments.output)

@@ -1,4 +1,4 @@
-"""Graphs in bf16 or fp16, rewritten for a runtime that multiplies neither. The owner of `onnx_ir`.
+"""Graphs in bf16 or fp16, rewritten for a runtime that multiplies neither.
 
 Two rewritings, both in fp32 arithmetic on the weights as they are stored. Wide: nothing is rounded,
 so that what remains is the wiring, to be held to an fp32 tolerance. Rounded: every value of the low
@@ -68,9 +68,11 @@ def write_wide(graph: Path, path: Path, precision: str) -> Watched:
 
 
 def _load(path: Path) -> Any:
+    """The graph, every node that is a function replaced by its body."""
     import onnx_ir
+    from onnx_ir.passes.common import InlinePass
 
-    return onnx_ir.load(path)
+    return InlinePass()(onnx_ir.load(path)).model
 
 
 def _save(model: Any, path: Path) -> None:

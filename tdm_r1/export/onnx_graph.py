@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tdm_r1.errors import ConfigError, ExportError
+from tdm_r1.export.functions import define
 from tdm_r1.export.graphs import Graph
 from tdm_r1.export.naming import name_weights, scopes
+from tdm_r1.export.plugin_ops import NAMESPACE, PluginOp
 
 LOW_OPSET = 23  # in half precision: attention is one op there, whose scores are never rounded
 # Products that stay fp32 in half precision: a rotary table's angles, which no other dtype resolves.
@@ -34,12 +37,18 @@ def check_installed() -> None:
 
 
 def write_graph(
-    graph: Graph, root: Path, opset: int | None = None, *, refit: bool = False
+    graph: Graph,
+    root: Path,
+    opset: int | None = None,
+    *,
+    refit: bool = False,
+    seen: dict[str, PluginOp] | None = None,
 ) -> dict[str, Any]:
     """Trace `graph` and write `root/<name>.onnx`, above 2 GB with its weights in a file beside it.
 
     `opset` LOW_OPSET is for graphs in half precision. `refit` puts the weights beside it in any
-    case, where ONNX Runtime replaces them. Returns its entry in the manifest. Raises
+    case, where ONNX Runtime replaces them. `seen` is where the ops that are bound as nodes of their
+    own are known by name, once they are traced. Returns its entry in the manifest. Raises
     ExportError for a module that cannot be traced, an op that ONNX lacks (node and module are
     named), an op outside ONNX's own domain, an axis that came out fixed though it was to vary, and
     in half precision a product in fp32 that is not one of FULL_PRODUCTS.
@@ -50,12 +59,14 @@ def write_graph(
     with _quiet(), torch.no_grad():
         program = _translate(graph, _trace(graph), opset)
         weights = name_weights(graph.module, program.model)
+        plugins = define(program.model, seen or {}, _translate_body)
         program.save(path, external_data=refit or None)
     onnx.checker.check_model(str(path), full_check=opset == LOW_OPSET)
     if opset == LOW_OPSET:
         _check_products(graph.name, program.model)
     nodes = program.model.graph.all_nodes()
-    if foreign := sorted({f"{node.domain}::{node.op_type}" for node in nodes if node.domain}):
+    own = ("", NAMESPACE)
+    if foreign := sorted({f"{n.domain}::{n.op_type}" for n in nodes if n.domain not in own}):
         raise ExportError(f"{graph.name} holds ops that are not ONNX's own: {', '.join(foreign)}")
     inputs, outputs = _axes(program.model.graph.inputs), _axes(program.model.graph.outputs)
     _check_dynamic(graph, inputs)
@@ -66,6 +77,7 @@ def write_graph(
         "profile": graph.profile(),
         "weights": weights,
         "opset": program.model.opset_imports[""],
+        "plugins": plugins,
     }
 
 
@@ -115,6 +127,12 @@ def _translate(
         )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"{graph.name}: {_explain(error, traced)}") from error
+
+
+def _translate_body(module: nn.Module, inputs: Any, dynamic_shapes: Any, opset: int) -> Any:
+    traced = torch.export.export(module, inputs, dynamic_shapes=(dynamic_shapes,), strict=False)
+    program: Any = torch.onnx.export(traced, dynamo=True, opset_version=opset, verbose=False)
+    return program.model
 
 
 def _explain(error: BaseException, traced: torch.export.ExportedProgram) -> str:

@@ -38,14 +38,16 @@ class Manifest:
     axes: (lowest, highest) of batch (images), height and width (pixels), text (tokens: of SD3 those
         of T5, of Z-Image those of the prompt in its chat template).
     graphs: by name, file, inputs and outputs with their axes, the profile: of each input the
-        lowest, the typical and the highest shape, and the weights: initializer -> the weight of the
-        model that it holds, and whether transposed. files: path -> sha256.
+        lowest, the typical and the highest shape, the weights: initializer -> the weight of the
+        model that it holds, and whether transposed; and the ops that are plugins, by name, with
+        their constants and the number of their nodes. files: path -> sha256.
     precision: "fp32", "bf16" or "fp16", of weights and products; inputs and outputs are fp32.
     source: file of the model -> sha256. parity: what the gate measured, in half precision without
         rounding, with it under "rounded" beside the drift of a whole loop and the Engine's, and of
         each graph the largest value that is not fp32.
     engines: None, or runtime, version, precision and compute_capabilities of the TensorRT engines,
-        and by graph the file of each and how many of its layers, and of each kind, give each dtype.
+        of TensorRT proper the GPU's name ("device"), and by graph the file of each and how many of
+        its layers, and of each kind, give each dtype.
     """
 
     family: str

@@ -1,7 +1,8 @@
 """TensorRT, in both its forms: the owner of `tensorrt` and `tensorrt_rtx`, and who may load what.
 
 An engine belongs to one version of one runtime and to the compute capabilities that it was built
-for. Anything else is refused before the library sees a file, with the command that rebuilds it.
+for, of TensorRT proper to one model of GPU. Anything else is refused before the library sees a
+file, with the command that rebuilds it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ from tdm_r1.models.lora_files import WEIGHTS_NAME
 from tdm_r1.pipeline import SHIPPED, resolve_device
 
 TENSORRT = "tensorrt"
-RUNTIMES = (TENSORRT, TENSORRT_RTX)  # each is the name of its package, too
+LIBRARIES = {TENSORRT_RTX: "TensorRT-RTX", TENSORRT: "TensorRT"}  # by package
+RUNTIMES = tuple(LIBRARIES)
+NEWER = "'tensorrt>=10.11'"  # plugins ahead of time came with 10.9
 
 
 def import_tensorrt(runtime: str) -> Any:
-    """Return the module of a runtime; ConfigError when it, or a library of its, is missing."""
+    """Return the module of a runtime.
+
+    Raises ConfigError when it, or a library of its, is missing, and for a TensorRT that cannot run
+    engines in memory that is PyTorch's.
+    """
     try:
         if runtime == TENSORRT_RTX:
             import tensorrt_rtx as module
@@ -30,7 +37,16 @@ def import_tensorrt(runtime: str) -> Any:
             import tensorrt as module
     except (ImportError, OSError) as error:
         raise ConfigError(f"{runtime!r} is not installed: pip install {runtime}") from error
+    if not hasattr(module.ICudaEngine, "create_runtime_config"):
+        raise ConfigError(f"TensorRT {module.__version__} is too old: pip install {NEWER}")
     return module
+
+
+def import_plugins() -> Any:
+    """Return `tensorrt.plugin`, of a TensorRT that `import_tensorrt` has let pass."""
+    import tensorrt.plugin
+
+    return tensorrt.plugin
 
 
 def make_logger(module: Any) -> Any:
@@ -90,6 +106,12 @@ def device_of_engines(
             f" {' or '.join(engines['compute_capabilities'])}, and {found} has {capability};"
             f" rebuild them: {rebuild_command(root, manifest, runtime, capability)}"
         )
+    name = torch.cuda.get_device_name(found) if "device" in engines else None
+    if name != engines.get("device"):
+        raise ConfigError(
+            f"the engines of {root} are for {engines['device']}, which built them, and {found} is"
+            f" {name}; rebuild them: {rebuild_command(root, manifest, runtime)}"
+        )
     return found
 
 
@@ -110,8 +132,10 @@ def rebuild_command(
         words += [OPTIONS[name], *axes[name]]
     words += ["--trt", "--runtime", runtime, "--precision", manifest.precision]
     words += ["--refit"] if manifest.refittable else []
+    has_plugins = any(graph.get("plugins") for graph in manifest.graphs.values())
+    words += ["--plugins"] if has_plugins and runtime == TENSORRT else []
     wanted = engines.get("compute_capabilities", []) if capability is None else [capability]
-    if wanted:
+    if wanted and runtime != TENSORRT:  # that builds for the GPU where the command runs
         words += ["--compute-capability", *wanted]
     return shlex.join(map(str, words))
 

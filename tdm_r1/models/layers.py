@@ -341,6 +341,11 @@ class Transformer(Packable):
             raise self._ops
         return self._ops
 
+    @ops.setter
+    def ops(self, ops: Ops) -> None:
+        """Put `ops` in place of those bound, until they are bound anew."""
+        self._ops = ops
+
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
         # A move or cast replaces every parameter's storage: the packed views must be rebuilt.
         was_frozen = self.frozen

@@ -116,6 +116,17 @@ class TestRefusals:
             error = self.refused(tmp_path, "built by tensorrt-rtx 1.6.0", manifest)
             assert self.settings(error, tmp_path).refit is bool(files)
 
+    def test_another_model_of_gpu(self, gpu, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+        engines = {**ENGINES, "runtime": "tensorrt", "device": "NVIDIA L4"}
+        plugins = {"transformer": {"plugins": {"swiglu_64_fp32_gate_up": {}}}}
+        manifest = small_manifest(engines=engines, graphs=plugins)
+        runtimes.device_of_engines(tmp_path, manifest, "tensorrt", "cuda:0")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40S")
+        message = "are for NVIDIA L4, which built them, and cuda is NVIDIA L40S; rebuild them: "
+        found = self.settings(self.refused(tmp_path, message, manifest, "tensorrt"), tmp_path)
+        assert (found.runtime, found.plugins, found.compute_capability) == ("tensorrt", True, None)
+
     def test_no_engines(self, gpu, tmp_path):
         bundled = {"model": "tiny-sd3", "lora": "pytorch_lora_weights.safetensors"}
         error = self.refused(
