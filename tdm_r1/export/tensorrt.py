@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from tdm_r1.errors import ConfigError, ExportError
+from tdm_r1.export.inspection import fused_layers
 from tdm_r1.export.plugin_ops import PluginOp
 from tdm_r1.export.plugins import check_kernels, register
 from tdm_r1.exported.manifest import TENSORRT_RTX
@@ -135,9 +136,9 @@ def build_engines(
         path = root / f"{name}.engine"
         its = target if name in PARTS else replace(target, refit=False)
         plugins = graph.get("plugins", {}) if target.plugins else {}
-        kinds = build_engine(root / graph["file"], path, graph["profile"], its, say, plugins)
-        layers = sum(map(Counter, kinds.values()), Counter())
-        parts[name] = {"file": path.name, "layers": dict(layers), "kinds": kinds}
+        found = build_engine(root / graph["file"], path, graph["profile"], its, say, plugins)
+        layers = sum(map(Counter, found["kinds"].values()), Counter())
+        parts[name] = {"file": path.name, "layers": dict(layers), **found}
         took = time.perf_counter() - started
         say(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, {took:.0f} s")
     device = {"device": torch.cuda.get_device_name()} if target.runtime == TENSORRT else {}
@@ -157,15 +158,15 @@ def build_engine(
     target: Target,
     say: Say,
     plugins: Mapping[str, dict[str, Any]] | None = None,
-) -> dict[str, dict[str, int]]:
-    """Write the file `engine` for the ONNX file `graph`; returns how many layers give each dtype.
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Write the file `engine` for the ONNX file `graph`; returns how many layers have which dtype.
 
-    They are counted by kind, such as "MATRIX_MULTIPLY".
+    "kinds" are the layers of the network, by kind, such as "MATRIX_MULTIPLY", and by what they
+    give; "fused" those of the engine, as `fused_layers` counts them, where the library tells.
 
-    `profile`: per input, its lowest, typical and highest shape; the layers are those of the network
-    before the builder fuses them. `plugins` are those of the graph's entry in a manifest. Raises
-    ExportError for a node that the library does not take, naming it, where it takes the body of a
-    node in place of its plugin, and where the build fails.
+    `profile`: per input, its lowest, typical and highest shape. `plugins` are those of the graph's
+    entry in a manifest. Raises ExportError for a node that the library does not take, naming it,
+    where it takes the body of a node in place of its plugin, and where the build fails.
 
     The work is done on a thread of its own: the library calls back into Python between its steps,
     and no interrupt may be raised through its frames. An interrupted build stops at the next step.
@@ -181,10 +182,10 @@ def build_engine(
         except BaseException:
             monitor.stopped = True
             raise
-        plan, layers = future.result()
+        plan, kinds, layers = future.result()
     with engine.open("wb") as file:
         file.write(plan)
-    return layers
+    return {"kinds": kinds, "fused": fused_layers(layers)}
 
 
 def _build(
@@ -193,8 +194,8 @@ def _build(
     target: Target,
     monitor: Any,
     plugins: Mapping[str, dict[str, Any]],
-) -> tuple[Any, dict]:
-    """(the engine as a buffer, layers by kind and dtype)."""
+) -> tuple[Any, dict, str]:
+    """(the engine as a buffer, layers by kind and dtype, what the library says of the engine's)."""
     trt, library = target.load(), LIBRARIES[target.runtime]
     logger = make_logger(trt)
     if plugins:
@@ -221,7 +222,7 @@ def _build(
     if plan is None:
         reason = (logger.errors or ["no reason given"])[0]
         raise ExportError(f"{graph.stem}: {library} cannot build the engine: {reason}")
-    return plan, {kind: dict(counts) for kind, counts in kinds.items()}
+    return plan, {kind: dict(counts) for kind, counts in kinds.items()}, logger.layers
 
 
 def _flags(trt: Any, *, plugins: bool) -> int:

@@ -47,7 +47,7 @@ class Manifest:
         each graph the largest value that is not fp32.
     engines: None, or runtime, version, precision and compute_capabilities of the TensorRT engines,
         of TensorRT proper the GPU's name ("device"), and by graph the file of each and how many of
-        its layers, and of each kind, give each dtype.
+        its layers, and of each kind, give each dtype, and of those that were fused have it.
     """
 
     family: str

@@ -50,7 +50,10 @@ def import_plugins() -> Any:
 
 
 def make_logger(module: Any) -> Any:
-    """Return a logger that keeps `errors`, which the library reports in no other way."""
+    """Return a logger that keeps what the library reports in no other way.
+
+    errors: messages. layers: the message that lists the layers of an engine just built, if any.
+    """
     base: Any = module.ILogger
 
     class Logger(base):
@@ -59,8 +62,11 @@ def make_logger(module: Any) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
+            self.layers = ""
 
         def log(self, severity: Any, message: str) -> None:
+            if message.startswith("Layers:"):
+                self.layers = message
             if severity <= base.ERROR:
                 self.errors.append(" ".join(message.split()))
 

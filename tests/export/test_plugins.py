@@ -293,9 +293,10 @@ class TestEngines:
     def test_without_plugins_or_with_refit(self, trt, full, tmp_path):
         root, entry, _ = full
         target = replace(self.target, plugins=False, refit=True)
-        kinds = tensorrt.build_engine(
+        found = tensorrt.build_engine(
             root / entry["file"], tmp_path / "e", entry["profile"], target, print
         )
+        kinds = found["kinds"]
         assert "PLUGIN_V3" not in kinds and kinds["BODY"]
         assert trt.configs[0].flags == {BuilderFlag.REFIT}
 

@@ -193,6 +193,10 @@ class TestBF16:
         kinds = engines["parts"]["transformer"]["kinds"]
         assert kinds["MATRIX_MULTIPLY"]["BF16"] > 10 and kinds["ATTENTION_INPUT"]["BF16"] == 3
         assert kinds["NORMALIZATION"].keys() == {"FLOAT"}  # what is allowed to be fp32
+        # The same of what the builder made of them: no product reads, writes or holds fp32.
+        fused = engines["parts"]["transformer"]["fused"]
+        assert fused["gemm"].keys() == fused["runtime_fusion"].keys() == {"BFloat16"}
+        assert fused["gemm"]["BFloat16"] + fused["runtime_fusion"]["BFloat16"] > 10
 
     def test_onnx_runtime_is_refused(self, bf16_export):
         with pytest.raises(ConfigError, match="is in bf16, whose matrices ONNX Runtime"):

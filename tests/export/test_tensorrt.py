@@ -23,6 +23,7 @@ from tdm_r1.pipeline import load_pipeline
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
+PRODUCTS = ("gemm", "runtime_fusion")  # as the library calls its kernels for them
 FULL = {"FLOAT", "INT64", "INT32", "BOOL"}  # fp32, and what counts and compares
 
 
@@ -131,7 +132,9 @@ class TestBuilding:
             "create_builder_config",
             lambda self: configs.append(create(self)) or configs[-1],
         )
-        assert self.build(tmp_path) == {"ACTIVATION": {"FLOAT": 1}, "UNARY": {"FLOAT": 1}}
+        found = self.build(tmp_path)
+        assert found["kinds"] == {"ACTIVATION": {"FLOAT": 1}, "UNARY": {"FLOAT": 1}}
+        assert found["fused"] == {"kgen": {"Float": 1}}  # both in one kernel
         assert (tmp_path / "part.engine").stat().st_size > 1000
         (config,) = configs
         found = [config.get_compute_capability(i) for i in range(config.num_compute_capabilities)]
@@ -174,7 +177,33 @@ class TestBuilding:
         with pytest.raises(ExportError, match="part: TensorRT-RTX cannot build the engine: .+"):
             build_engine(*build, Target(("8.9",)), print)
         monkeypatch.undo()
-        assert build_engine(*build, Target(("8.9",)), print)["MATRIX_MULTIPLY"] == {"FLOAT": 1}
+        assert build_engine(*build, Target(("8.9",)), print)["kinds"]["MATRIX_MULTIPLY"] == {
+            "FLOAT": 1
+        }
+
+    def test_an_fp32_island_shows_in_the_engine(self, tmp_path):
+        helper, kinds = onnx.helper, onnx.TensorProto
+        draw = np.random.default_rng(0)
+        weights = [draw.standard_normal((4, 4)).astype(np.float32) for _ in range(3)]
+        nodes, held, x = [], [], "x"
+        for i, kind in enumerate((kinds.BFLOAT16, kinds.FLOAT, kinds.BFLOAT16)):
+            held.append(helper.make_tensor(f"w{i}", kind, (4, 4), weights[i].flatten()))
+            nodes.append(helper.make_node("Cast", [x], [f"c{i}"], to=kind))
+            nodes.append(helper.make_node("MatMul", [f"c{i}", f"w{i}"], [f"p{i}"]))
+            nodes.append(helper.make_node("Softmax", [f"p{i}"], [x := f"s{i}"]))
+        given = helper.make_tensor_value_info("x", kinds.FLOAT, ["batch", 4, 4])
+        made = helper.make_tensor_value_info(x, kinds.BFLOAT16, None)
+        graph = helper.make_graph(nodes, "island", [given], [made], held)
+        opset = helper.make_opsetid("", 20)
+        onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=9), tmp_path / "i")
+        found = build_engine(tmp_path / "i", tmp_path / "e", self.profile, Target(), print)
+        products = {
+            dtypes: count
+            for kind, counts in found["fused"].items()
+            if kind in PRODUCTS
+            for dtypes, count in counts.items()
+        }
+        assert products == {"BFloat16": 2, "Float": 1}
 
     def test_a_file_that_is_no_graph(self, tmp_path):
         with pytest.raises(ExportError, match="absent: TensorRT-RTX cannot take the graph: "):
