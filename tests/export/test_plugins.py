@@ -29,6 +29,7 @@ from tdm_r1.export.tensorrt import Target, build_engines
 from tdm_r1.exported import tensorrt as runtimes
 from tdm_r1.exported.manifest import DTYPES
 from tdm_r1.exported.session import Session
+from tdm_r1.exported.tensorrt import make_logger
 from tests import tiny
 from tests.export.build_stand_in import BuilderFlag, TensorRT
 from tests.export.plugin_stand_in import DataType, PluginModule, ShapeExpr, SymInt32
@@ -182,8 +183,6 @@ class TestGraphs:
 
     def test_nvidias_parser_takes_the_bodies_where_there_are_no_plugins(self, low):
         trt = pytest.importorskip("tensorrt_rtx")
-        from tdm_r1.exported.tensorrt import make_logger
-
         root, entry, _ = low
         logger = make_logger(trt)
         network = trt.Builder(logger).create_network(1)
@@ -191,6 +190,35 @@ class TestGraphs:
         assert parser.parse_from_file(str(root / entry["file"])), logger.errors
         kinds = {network.get_layer(i).type.name for i in range(network.num_layers)}
         assert {"MATRIX_MULTIPLY", "NORMALIZATION"} < kinds and "PLUGIN_V3" not in kinds
+
+    def test_nvidias_parser_asks_for_the_plugins(self, low):
+        trt = pytest.importorskip("tensorrt_rtx")
+        root, entry, _ = low
+        asked = []
+
+        class Creator(trt.IPluginCreatorV3One):
+            def __init__(self, name) -> None:
+                super().__init__()
+                self.name, self.plugin_namespace, self.plugin_version = name, "tdm_r1", "1"
+                self.field_names = trt.PluginFieldCollection([])
+
+            def create_plugin(self, node, fields, phase):
+                asked.append((self.name, len(fields)))  # and makes none: that ends the parsing
+
+        registry, creators = trt.get_plugin_registry(), [Creator(name) for name in entry["plugins"]]
+        for creator in creators:
+            assert registry.register_creator(creator, "tdm_r1")
+        try:
+            logger = make_logger(trt)
+            network = trt.Builder(logger).create_network(1)
+            parser = trt.OnnxParser(network, logger)
+            assert not parser.parse_from_file(str(root / entry["file"]))
+            assert "Could not create the plugin" in parser.get_error(0).desc()
+            assert asked == [(parser.get_error(0).node_operator(), 0)]
+            assert asked[0][0] in entry["plugins"]
+        finally:
+            for creator in creators:
+                registry.deregister_creator(creator)
 
 
 class TestRegistration:
