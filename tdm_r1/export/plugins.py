@@ -56,10 +56,12 @@ def register(module: Any, ops: Iterable[PluginOp]) -> None:
     """Register a plugin for each of `ops` with `module`, which is `tensorrt.plugin`.
 
     Those that this process has registered before are left as they are. PTX is compiled for the GPU
-    that is at hand when an engine is built.
+    that is at hand when an engine is built, and once here, since who builds is told little of what
+    goes wrong in between: raises ValueError for a kernel that an engine could not launch.
     """
     known = getattr(module.op, NAMESPACE, None)
     for op in ops:
+        kernel_of(op).compile(capability_at_hand())
         if hasattr(known, op.name):
             continue
         plugin_id = f"{NAMESPACE}::{op.name}"

@@ -166,7 +166,8 @@ def build_engine(
 
     `profile`: per input, its lowest, typical and highest shape. `plugins` are those of the graph's
     entry in a manifest. Raises ExportError for a node that the library does not take, naming it,
-    where it takes the body of a node in place of its plugin, and where the build fails.
+    where it takes the body of a node in place of its plugin, for a plugin that cannot be one, and
+    where the build fails.
 
     The work is done on a thread of its own: the library calls back into Python between its steps,
     and no interrupt may be raised through its frames. An interrupted build stops at the next step.
@@ -199,7 +200,10 @@ def _build(
     trt, library = target.load(), LIBRARIES[target.runtime]
     logger = make_logger(trt)
     if plugins:
-        register(import_plugins(), map(PluginOp.from_dict, plugins.values()))
+        try:
+            register(import_plugins(), map(PluginOp.from_dict, plugins.values()))
+        except ValueError as error:
+            raise ExportError(f"{graph.stem}: {error}") from error
     builder = trt.Builder(logger)
     network = builder.create_network(_flags(trt, plugins=bool(plugins)))
     parser = trt.OnnxParser(network, logger)

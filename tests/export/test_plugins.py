@@ -318,6 +318,15 @@ class TestEngines:
         with pytest.raises(ExportError, match="part: 0 of 5 nodes became plugins: gate_residual"):
             build_engines(root, {"part": entry}, self.target, print)
 
+    def test_a_kernel_that_no_engine_could_launch(self, trt, full, monkeypatch):
+        pytest.importorskip("triton")
+        root, entry, _ = full
+        monkeypatch.setattr("tdm_kernels.plugins.MOST_SHARED", -1)  # even a row of 16 is too much
+        with pytest.raises(
+            ExportError, match="part: .* needs 0 bytes of scratch .* allowed: 0 and -1"
+        ):
+            build_engines(root, {"part": entry}, self.target, print)
+
     def test_without_plugins_or_with_refit(self, trt, full, tmp_path):
         root, entry, _ = full
         target = replace(self.target, plugins=False, refit=True)
