@@ -90,6 +90,11 @@ def _function(op: PluginOp, body: Any) -> Any:
         for use in list(value.uses()):
             use.node.replace_input_with(use.idx, made)
         del graph.initializers[value.name]
+    # An axis of a body is not the axis of that name in another: a runtime would share its buffers.
+    for value in (*graph.inputs, *(made for node in graph for made in node.outputs)):
+        if value.shape is not None:
+            sizes = [size if isinstance(size, int) else None for size in value.shape]
+            value.shape = ir.Shape(sizes)
     # Declared, or a runtime would refuse them on the node; the body reads neither.
     kinds = {str: ir.AttributeType.STRING, bool: ir.AttributeType.INT}
     attributes = [ir.Attr(name, kinds[type(value)], None) for name, value in ATTRIBUTES.items()]

@@ -152,6 +152,10 @@ class TestGraphs:
         assert {(node.domain, node.op_type) for node in own} == {
             (function.domain, function.name) for function in model.functions
         }
+        # One body may be there for captions and for pictures, whose axes are not the same.
+        bodies = [value for function in model.functions for value in function.value_info]
+        sizes = [size for value in bodies for size in value.type.tensor_type.shape.dim]
+        assert sizes and not any(size.dim_param for size in sizes)
         for node in own:
             found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             assert found == {"plugin_namespace": b"tdm_r1", "aot": 1}
@@ -342,10 +346,13 @@ class TestEngines:
         pytest.importorskip("triton")
         model = tiny.make_zimage(tmp_path / "zimage", layers=1)
         axes = {"batch": (1, 2), "height": (32, 64), "width": (48, 64), "text": (2, 64)}
-        manifest = export_model(model, tmp_path / "out", axes=axes, target=self.target)
+        manifest = export_model(
+            model, tmp_path / "out", axes=axes, precision="fp16", target=self.target
+        )
         assert not manifest.graphs["vae_decoder"]["plugins"]
         for name in ("context", "transformer"):
             nodes = sum(op["nodes"] for op in manifest.graphs[name]["plugins"].values())
+            assert all("_fp16_" in plugin for plugin in manifest.graphs[name]["plugins"])
             assert manifest.engines["parts"][name]["kinds"]["PLUGIN_V3"] == {"FLOAT": nodes}
             assert len(trt.launches[name]) == 3 * nodes > 0
         command = runtimes.rebuild_command(tmp_path / "out", manifest, "tensorrt")
@@ -355,7 +362,7 @@ class TestEngines:
             each.generate("two red circles", seed=1, height=48, width=64, output_type="pt")
             for each in (exported, engine)
         )
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+        assert 0 < (ours - theirs).abs().max() < 0.02
 
 
 class TestBadInput:
