@@ -20,7 +20,7 @@ import pytest
 from tdm_r1.export import plugins
 from tests.export import build_stand_in, stand_in
 from tests.export.plugin_stand_in import PluginModule
-from tests.export.test_plugins import OPS, describe
+from tests.export.test_registration import OPS, describe
 
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 SYMBOLS = (

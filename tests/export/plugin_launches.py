@@ -1,7 +1,7 @@
 """The kernels of registered plugins against the bodies of their nodes.
 
 Each is launched as an engine would: over the grid and with the int32 values that the plugin's
-expressions come to, on contiguous tensors. Run by test_plugins.py in a process of its own, in
+expressions come to, on contiguous tensors. Run by test_registration.py in a process of its own, in
 Triton's interpreter, where nothing can be compiled: of the code only the launch is asked.
 """
 
