@@ -22,6 +22,7 @@ from tdm_r1.export.cli import main
 from tdm_r1.export.emulation import write_wide
 from tdm_r1.export.graphs import Axis, Graph
 from tdm_r1.export.onnx_graph import LOW_OPSET, write_graph
+from tdm_r1.export.parity import TOLERANCE
 from tdm_r1.export.plugin_ops import bind
 from tdm_r1.export.tensorrt import Target, build_engines
 from tdm_r1.exported import tensorrt as runtimes
@@ -98,8 +99,13 @@ def write(root, precision="fp32"):
 
 
 def draw(b, t):
-    x, modulation, rope = torch.randn(b, t, D), torch.randn(3, b, 1, D), torch.randn(1, t, 1, H)
-    return x, modulation, rope
+    draw = torch.Generator().manual_seed(b * t)
+    shapes = (b, t, D), (3, b, 1, D), (1, t, 1, H)
+    return [torch.randn(shape, generator=draw) for shape in shapes]
+
+
+def assert_the_gate_agrees(found, wanted) -> None:
+    assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
 
 
 @pytest.fixture
@@ -151,7 +157,7 @@ class TestGraphs:
         root, entry, module = full
         inputs = draw(b, t)
         (found,) = Session(root / entry["file"])(*inputs)
-        torch.testing.assert_close(found, module(*inputs), rtol=1e-5, atol=1e-5)
+        assert_the_gate_agrees(found, module(*inputs))
 
     def test_bodies_are_watched_in_half_precision(self, low):
         root, entry, module = low
@@ -159,7 +165,7 @@ class TestGraphs:
         module, inputs = copy.deepcopy(module).float(), draw(2, 9)
         module.dtype = torch.float32
         (found,) = watched(*inputs)
-        torch.testing.assert_close(found, module(*inputs), rtol=1e-4, atol=1e-4)
+        assert_the_gate_agrees(found, module(*inputs))
         # Inlined, every value that a plain graph would round is one of those watched.
         assert len(watched.places) > len(entry["plugins"])
 
