@@ -69,6 +69,9 @@ struct Attention {
   Rows q, k, v, out;
   int64_t q_head = 0, k_head = 0, v_head = 0, out_head = 0;
   const int64_t* lengths = nullptr;
+  // Backward: `out` holds d out; dq, dk and dv go out, 0 beyond a length.
+  Rows dq, dk, dv;
+  int64_t dq_head = 0, dk_head = 0, dv_head = 0;
 };
 
 // out [B, T, N] = x [B, T, K] W^T + bias, then GELU-tanh if asked. `panels` is W [N, K] cut along N
@@ -130,6 +133,7 @@ struct Kernels {
   void (*swiglu)(const SwiGLU&, int64_t row0, int64_t row1);
   void (*swiglu_backward)(const Elementwise&, int64_t i0, int64_t i1);
   void (*attention)(const Attention&, int64_t head0, int64_t head1);
+  void (*attention_backward)(const Attention&, int64_t head0, int64_t head1);
   void (*linear)(const Linear&, int64_t item0, int64_t item1);
   void (*group_affine)(const GroupAffine&, int64_t b0, int64_t b1);
   void (*conv)(const Conv&, int64_t row0, int64_t row1);

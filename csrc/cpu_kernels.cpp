@@ -9,8 +9,8 @@ namespace tdm::TDM_ISA {
 Kernels kernels() {
   return {TDM_STRING(TDM_ISA), residual_norm, residual_norm_backward, head_norm,
           head_norm_backward,  gelu,          gelu_backward,          swiglu,
-          swiglu_backward,     attention,     linear,                 group_affine,
-          conv};
+          swiglu_backward,     attention,     attention_backward,     linear,
+          group_affine,        conv};
 }
 
 }  // namespace tdm::TDM_ISA

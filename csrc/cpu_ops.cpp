@@ -202,7 +202,8 @@ void swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor dgate, Tensor dup
   run(kernels().swiglu_backward, p, gate.numel(), 4);
 }
 
-void attention(Tensor q, Tensor k, Tensor v, Optional lengths, Tensor out) {
+Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& lengths,
+                   const Tensor& out) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be [B, T, N, H]");
   Attention p{};
   p.B = q.size(0), p.T = q.size(1), p.N = q.size(2), p.H = q.size(3), p.S = k.size(1);
@@ -215,7 +216,21 @@ void attention(Tensor q, Tensor k, Tensor v, Optional lengths, Tensor out) {
   p.k = heads_of(k, "k", p.B, p.S, p.N, p.H, p.k_head);
   p.v = heads_of(v, "v", p.B, p.S, p.N, p.H, p.v_head);
   p.out = heads_of(out, "out", p.B, p.T, p.N, p.H, p.out_head);
+  return p;
+}
+
+void attention(Tensor q, Tensor k, Tensor v, Optional lengths, Tensor out) {
+  const Attention p = describe(q, k, v, lengths, out);
   run(kernels().attention, p, p.B * p.N, p.T * p.S * p.H / 8);
+}
+
+void attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Optional lengths, Tensor dq,
+                        Tensor dk, Tensor dv) {
+  Attention p = describe(q, k, v, lengths, dout);
+  p.dq = heads_of(dq, "dq", p.B, p.T, p.N, p.H, p.dq_head);
+  p.dk = heads_of(dk, "dk", p.B, p.S, p.N, p.H, p.dk_head);
+  p.dv = heads_of(dv, "dv", p.B, p.S, p.N, p.H, p.dv_head);
+  run(kernels().attention_backward, p, p.B * p.N, p.T * p.S * p.H / 3);
 }
 
 void pack_panels(Tensor weight, Tensor panels) {
@@ -351,6 +366,7 @@ STABLE_TORCH_LIBRARY_IMPL(tdm_kernels, CPU, m) {
   m.impl("swiglu", TORCH_BOX(&tdm::swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&tdm::swiglu_backward));
   m.impl("attention", TORCH_BOX(&tdm::attention));
+  m.impl("attention_backward", TORCH_BOX(&tdm::attention_backward));
   m.impl("pack_panels", TORCH_BOX(&tdm::pack_panels));
   m.impl("linear", TORCH_BOX(&tdm::linear));
   m.impl("group_affine", TORCH_BOX(&tdm::group_affine));

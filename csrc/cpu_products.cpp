@@ -1,19 +1,8 @@
-// Sums of products: `linear` over packed panels, and `joint_attention`.
+// `linear` over packed panels.
 #include "cpu_simd.h"
 
 namespace tdm::TDM_ISA {
 namespace {
-
-constexpr int kMaxVecs = kLanes == 16 ? 4 : 2, kQueries = 4;
-
-// c [kQueries, width] = a b for a `width` that is a multiple of kLanes.
-void product(const float* a, int64_t a_row, const float* b, int64_t width, int64_t depth, float* c) {
-  int64_t x = 0;
-  for (; x + kMaxVecs * kLanes <= width; x += kMaxVecs * kLanes)
-    tile<kQueries, kMaxVecs>(a, a_row, b + x, width, depth, nullptr, 0, c + x, width);
-  for (; x < width; x += kLanes)
-    tile<kQueries, 1>(a, a_row, b + x, width, depth, nullptr, 0, c + x, width);
-}
 
 template <int R>
 inline void panel_rows(const float* x, int64_t x_row, const float* panel, int64_t K,
@@ -64,44 +53,6 @@ void linear(const Linear& p, int64_t item0, int64_t item1) {
         for (int64_t r = 0; r < rows; r++)
           std::memcpy(out + r * p.out_row, edge + r * kPanel, columns * sizeof(float));
       m += rows;
-    }
-  }
-}
-
-// One head at a time, a few queries at a time: its keys (transposed) and values are widened once.
-void attention(const Attention& p, int64_t head0, int64_t head1) {
-  const int64_t H = p.H;
-  const int64_t most_keys = (p.S + kLanes - 1) / kLanes * kLanes;
-  const int64_t out_width = (H + kLanes - 1) / kLanes * kLanes;
-  std::vector<float> keys(H * most_keys), values(p.S * out_width), q(kQueries * H);
-  std::vector<float> weights(kQueries * most_keys), o(kQueries * out_width);
-  const float scale = 1.0f / std::sqrt(float(H));
-  for (int64_t index = head0; index < head1; index++) {
-    const int64_t b = index / p.N, n = index % p.N;
-    const int64_t S = p.lengths ? p.lengths[b] : p.S;
-    const int64_t keys_width = (S + kLanes - 1) / kLanes * kLanes;
-    const Rows k = offset(p.k, n * p.k_head), v = offset(p.v, n * p.v_head);
-    for (int64_t s = 0; s < S; s++) {
-      read(q.data(), k, b, s, H);
-      for (int64_t d = 0; d < H; d++) keys[d * keys_width + s] = q[d];
-      read(values.data() + s * out_width, v, b, s, H);
-    }
-    for (int64_t t0 = 0; t0 < p.T; t0 += kQueries) {
-      const int64_t rows = p.T - t0 < kQueries ? p.T - t0 : kQueries;
-      for (int64_t r = 0; r < rows; r++)
-        read(q.data() + r * H, offset(p.q, n * p.q_head), b, t0 + r, H);
-      product(q.data(), H, keys.data(), keys_width, H, weights.data());
-      for (int64_t r = 0; r < rows; r++) {
-        float* __restrict w = weights.data() + r * keys_width;
-        float top = w[0];
-        for (int64_t s = 1; s < S; s++) top = w[s] > top ? w[s] : top;
-        for (int64_t s = 0; s < S; s++) w[s] = exponential((w[s] - top) * scale);
-        const float norm = 1.0f / total(w, S);
-        for (int64_t s = 0; s < S; s++) w[s] *= norm;
-      }
-      product(weights.data(), keys_width, values.data(), out_width, S, o.data());
-      for (int64_t r = 0; r < rows; r++)
-        write(offset(p.out, n * p.out_head), b, t0 + r, o.data() + r * out_width, H);
     }
   }
 }

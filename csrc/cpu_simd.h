@@ -23,6 +23,7 @@ void gelu_backward(const Elementwise&, int64_t i0, int64_t i1);
 void swiglu(const SwiGLU&, int64_t row0, int64_t row1);
 void swiglu_backward(const Elementwise&, int64_t i0, int64_t i1);
 void attention(const Attention&, int64_t head0, int64_t head1);
+void attention_backward(const Attention&, int64_t head0, int64_t head1);
 void linear(const Linear&, int64_t item0, int64_t item1);
 void group_affine(const GroupAffine&, int64_t b0, int64_t b1);
 void conv(const Conv&, int64_t row0, int64_t row1);
@@ -106,6 +107,15 @@ inline void each(int64_t n, F f) {
   for (; d < n; d++) f(float(), d);
 }
 
+// The sum of a register, halves upon halves: a chain of additions would be waited for.
+inline float across(Vec v) {
+  float part[kLanes];
+  put(part, v);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) part[i] += part[i + n];
+  return part[0];
+}
+
 // The sum of what f returns, in four chains that do not wait for one another.
 template <class F>
 inline float sum_of(int64_t n, F f) {
@@ -114,9 +124,7 @@ inline float sum_of(int64_t n, F f) {
   for (; d + 4 * kLanes <= n; d += 4 * kLanes)
     for (int i = 0; i < 4; i++) sum[i] += f(Vec(), d + i * kLanes);
   for (; d + kLanes <= n; d += kLanes) sum[0] += f(Vec(), d);
-  const Vec both = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  float all = 0.0f;
-  for (int i = 0; i < kLanes; i++) all += both[i];
+  float all = across((sum[0] + sum[1]) + (sum[2] + sum[3]));
   for (; d < n; d++) all += f(float(), d);
   return all;
 }
@@ -130,6 +138,18 @@ inline float dot(const float* a, const float* b, int64_t n) {
 
 inline float total(const float* a, int64_t n) {
   return sum_of(n, [&](auto v, int64_t d) { return get<decltype(v)>(a + d); });
+}
+
+// The largest of `n` numbers, a multiple of kLanes and above 0.
+inline float largest(const float* a, int64_t n) {
+  Vec top = get<Vec>(a);
+  for (int64_t d = kLanes; d < n; d += kLanes) {
+    const Vec v = get<Vec>(a + d);
+    top = v > top ? v : top;
+  }
+  float all = top[0];
+  for (int i = 1; i < kLanes; i++) all = top[i] > all ? top[i] : all;
+  return all;
 }
 
 template <class T>
@@ -190,10 +210,10 @@ struct Scratch {
 };
 
 // c [R, NV * kLanes] = a [R, depth] b [depth, NV * kLanes] + start, all in registers; `start` is
-// null, one row for all (start_row 0), or c itself.
+// null, one row for all (start_row 0), or c itself. a_step: from one number of a row of a to the next.
 template <int R, int NV>
 inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth,
-                 const float* start, int64_t start_row, float* c, int64_t c_row) {
+                 const float* start, int64_t start_row, float* c, int64_t c_row, int64_t a_step = 1) {
   Vec sum[R][NV] = {};
   for (int64_t d = 0; d < depth; d++) {
     Vec right[NV];
@@ -201,7 +221,7 @@ inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, i
     for (int i = 0; i < NV; i++) right[i] = get<Vec>(b + d * b_row + i * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const float left = a[r * a_row + d];
+      const float left = a[r * a_row + d * a_step];
 #pragma GCC unroll 16
       for (int i = 0; i < NV; i++) sum[r][i] += left * right[i];
     }

@@ -29,6 +29,9 @@ STABLE_TORCH_LIBRARY(tdm_kernels, m) {
   m.def(
       "swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor(a!) out) -> ()");
+  m.def(
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? lengths, "
+      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
   m.def("pack_panels(Tensor weight, Tensor(a!) panels) -> ()");
   m.def("linear(Tensor x, Tensor panels, Tensor? bias, int N, bool gelu, Tensor(a!) out) -> ()");
   m.def(

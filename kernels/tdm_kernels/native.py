@@ -12,7 +12,6 @@ compilers fuse it themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdm_kernels import blocked_linear, reference
+from tdm_kernels import reference
 from tdm_kernels.layout import (
     product_dtype,
     traced_as_reference,
@@ -29,12 +28,10 @@ from tdm_kernels.layout import (
     vector_grad,
     weight_grad,
 )
-from tdm_kernels.quantized import version_of
 
 LIBRARY = Path(__file__).parent / "libtdm_kernels.so"
-_NEWEST_OP = "conv"  # of csrc/ops.cpp: a library without it is older than this file
-_PANEL = 32  # kPanel of csrc/cpu.h
-_MAX_PANELLED = 2**22  # weights: 16 MB
+_NEWEST_OP = "attention_backward"  # of csrc/ops.cpp: a library without it is older than this file
+_MAX_ROWS_BACKWARD = 256  # of attention: P and its gradient, 256 KB each, stay in the caches
 
 
 @lru_cache
@@ -329,65 +326,39 @@ class _Gelu(torch.autograd.Function):
 def joint_attention(
     q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, lengths_B: Tensor | None = None
 ) -> Tensor:
-    """`reference.joint_attention`; reads no key beyond a length. Gradients go to the library."""
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTNH, k_BSNH, v_BSNH))
-    if grad or torch.compiler.is_compiling():
+    """`reference.joint_attention`; reads no key beyond a length.
+
+    Gradients of more than 256 rows go to the library, whose backward pass is cut into tiles.
+    """
+    grad = wants_grad(q_BTNH, k_BSNH, v_BSNH)
+    long = max(q_BTNH.shape[1], k_BSNH.shape[1]) > _MAX_ROWS_BACKWARD
+    if torch.compiler.is_compiling() or (grad and long):
         return reference.joint_attention(q_BTNH, k_BSNH, v_BSNH, lengths_B)
     q, k, v = unit(q_BTNH), unit(k_BSNH), unit(v_BSNH)
-    out = q.new_empty(q.shape)
     lengths = None if lengths_B is None else lengths_B.to(torch.int64).contiguous()
-    native_op("attention")(q, k, v, lengths, out)
+    out = _Attention.apply(q, k, v, lengths) if grad else _attend(q, k, v, lengths)
     return out.flatten(2)
 
 
-def pack_linear(
-    weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor], *, gelu: bool = False
-) -> Callable[..., Tensor]:
-    """`reference.pack_linear` over a copy of the weight in the order the kernel reads it."""
-    # Larger weights do not stay in the caches: the library's matrix product streams them as fast.
-    if weight_FD.numel() <= _MAX_PANELLED:
-        if weight_FD.dtype == torch.float32:
-            return PanelLinear(weight_FD, bias_F, sources, gelu)
-        if weight_FD.dtype == torch.bfloat16 and blocked_linear.available():
-            return blocked_linear.BlockedLinear(weight_FD, bias_F, sources, gelu)
-    return reference.pack_linear(weight_FD, bias_F, sources, gelu=gelu)
+def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+    out = q.new_empty(q.shape)
+    native_op("attention")(q, k, v, lengths, out)
+    return out
 
 
-class PanelLinear:
-    """x W^T + b from panels of W, remade after an in-place update of any of `sources`."""
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, lengths):
+        ctx.save_for_backward(q, k, v, lengths)
+        return _attend(q, k, v, lengths)
 
-    def __init__(
-        self, weight_FD: Tensor, bias_F: Tensor | None, sources: Sequence[Tensor], gelu: bool
-    ) -> None:
-        self.weight, self.bias, self.sources = weight_FD, bias_F, tuple(sources)
-        width, depth = weight_FD.shape
-        self.panels = weight_FD.new_empty(-(-width // _PANEL) * _PANEL * depth)
-        self.version = -1
-        self.gelu = gelu
-        self.plain = reference.pack_linear(weight_FD, bias_F, sources, gelu=gelu)
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return [..., F] for x [..., D]; half precision and autocast go to the library."""
-        half = x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        if half or torch.compiler.is_compiling():
-            return self.plain(x, out)
-        panels = self.current()
-        width, depth = self.weight.shape
-        rows = unit(x if x.ndim == 3 else x.reshape(1, -1, depth))
-        to = rows.new_empty((*rows.shape[:2], width)) if out is None or x.ndim != 3 else out
-        native_op("linear")(rows, panels, self.bias, width, self.gelu, to)
-        if to is out:
-            return out
-        y = to.view(*x.shape[:-1], width)
-        return y if out is None else out.copy_(y)
-
-    def current(self) -> Tensor:
-        """Return the panels of the weight as it is now, always in the same memory."""
-        version = version_of(self.sources)
-        if version != self.version:
-            native_op("pack_panels")(self.weight, self.panels)
-            self.version = version
-        return self.panels
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, k, v, lengths = ctx.saved_tensors
+        grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        native_op("attention_backward")(unit(dout), q, k, v, lengths, *grads)
+        return *grads, None
 
 
 def wants_grad(*inputs: Tensor | None) -> bool:

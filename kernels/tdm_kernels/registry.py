@@ -174,6 +174,7 @@ IMPLS = (
     *(_triton_impl(op, fn) for op, fn in TRITON_OPS.items()),
     *(Impl(op, "native", getattr(native, op), _native, True, "cpu") for op in NATIVE_OPS),
     Impl("record", "native", "tdm_kernels.recording:record", _native, True, "cpu"),
+    Impl("pack_linear", "native", "tdm_kernels.panel_linear:pack_linear", _native, True, "cpu"),
     Impl("pack_conv", "native", "tdm_kernels.conv:pack_conv", _native, True, "cpu"),
     *(
         Impl(

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tdm_kernels import native, reference
+from tdm_kernels import native, panel_linear, reference
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tdm_r1.models.conditioning import Condition
@@ -30,7 +30,7 @@ class Layer:
 
     def __init__(self):
         self.weight = randn(64, 64, seed=1)
-        self.linear = native.pack_linear(self.weight, None, [self.weight])
+        self.linear = panel_linear.pack_linear(self.weight, None, [self.weight])
         self.calls = 0
 
     def __call__(self, x, scale, shift=True):
