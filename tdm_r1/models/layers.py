@@ -217,15 +217,15 @@ class Transformer(Packable):
             self.recorded[name] = self.ops.record(getattr(self, name), self.weights)
         return self
 
-    def pack_siblings(self) -> None:
+    def pack_siblings(self, *, adapters: bool = False) -> None:
         """Run sibling linears as one GEMM wherever no gradient is asked for; `unfreeze` undoes it.
 
-        Of `freeze` this much suits a base that carries adapters: gradients flow as before, through
-        the linears one by one.
+        With `adapters`, for a frozen base that carries some: so do linears with adapters, with
+        gradients too; the others' flow as before, through the linears one by one.
         """
         for module in self.modules():
             if isinstance(module, Packable) and not module.packed:
-                module.pack(self.ops)
+                module.pack(self.ops, adapters=adapters)
 
     def unfreeze(self) -> Transformer:
         """Undo the packing of `freeze`; `requires_grad` stays as it is.
@@ -357,5 +357,5 @@ class Transformer(Packable):
         if was_frozen:
             return self.freeze()
         if was_packed:
-            self.pack_siblings()
+            self.pack_siblings(adapters=True)
         return self

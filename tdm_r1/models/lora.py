@@ -1,7 +1,8 @@
 """Low-rank adapters: several named ones per linear for training, merged ones for inference.
 
 An adapter adds scale * B A to a weight W [out, in], with A [r, in], B [out, r], scale = alpha / r.
-Files of them: lora_files.py.
+The linears that carry them: lora_linear.py.
+Files of adapters: lora_files.py.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from tdm_kernels.layout import product_dtype
 from torch import Tensor, nn
 
 from tdm_r1.errors import ConfigError, LoadError, closest
 from tdm_r1.models.layers import Transformer, name_some
+from tdm_r1.models.lora_linear import LoRALinear, Rows
 
 # The linears the published TDM-R1 adapters train, as suffixes of module names.
 TARGETS = {
@@ -36,93 +36,12 @@ TARGETS = {
 }
 
 
-# Consecutive samples of a batch: (adapter or None for the base alone, how many samples).
-Rows = Sequence[tuple[str | None, int]]
-
-
 class LoraTensors(NamedTuple):
     """One module's update scale * B A."""
 
     a_rI: Tensor
     b_Or: Tensor
     scale: float
-
-
-class LoRALinear(nn.Module):
-    """A linear and its named adapters: at most one of them active, or one for each run of rows.
-
-    y = W x + b + scale * B (A x). The adapter's own dtype holds its two products, so fp32 adapters
-    on a bf16 base train in fp32 unless autocast says otherwise.
-    """
-
-    def __init__(self, base_layer: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora_A = nn.ParameterDict()
-        self.lora_B = nn.ParameterDict()
-        self.ranks: dict[str, int] = {}
-        self.alphas: dict[str, float] = {}
-        self.active: str | None = None
-        self.rows: Rows | None = None
-
-    def add_adapter(self, name: str, rank: int, alpha: float, init: str) -> None:
-        """Add an adapter whose B is zero, so it changes nothing until it is trained."""
-        weight = self.base_layer.weight
-        # fp32 master weights whatever the base is stored in: adapters are what the optimiser steps.
-        a = torch.empty(rank, weight.shape[1], device=weight.device)
-        if init == "gaussian":
-            nn.init.normal_(a, std=1 / rank)
-        else:
-            nn.init.kaiming_uniform_(a, a=5**0.5)
-        self.lora_A[name] = nn.Parameter(a)
-        self.lora_B[name] = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
-        self.ranks[name], self.alphas[name] = rank, alpha
-
-    def select(self, name: str | None) -> None:
-        """Make one adapter active for all rows, or none."""
-        self.active, self.rows = name, None
-
-    def select_rows(self, rows: Rows) -> None:
-        """Give every run of consecutive samples its own adapter, or none; without gradients."""
-        self.active = None
-        self.rows = tuple((name if name in self.ranks else None, count) for name, count in rows)
-
-    def scale(self, name: str) -> float:
-        """Return alpha / r of an adapter."""
-        return self.alphas[name] / self.ranks[name]
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(product_dtype(x))  # once for the base and the adapter, where autocast would
-        out = self.base_layer(x)
-        if self.rows is not None:
-            return self._add_rows(out, x, self.rows)
-        if self.active is None:
-            return out
-        return torch.add(
-            out, self._update(x, self.active, out.dtype), alpha=self.scale(self.active)
-        )
-
-    def _add_rows(self, out: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        """Add each run's update in place. x is [B, ..., D], or [1, B, D] for one step's times."""
-        assert not torch.is_grad_enabled(), "rows of different adapters have no graph"
-        total = sum(count for _, count in rows)
-        x_RD, out_RF = x.flatten(0, -2), out.flatten(0, -2)  # the rows of a sample lie together
-        per_sample, rest = divmod(len(x_RD), total)
-        assert not rest, f"{len(x_RD)} rows are not those of {total} samples"
-        first = 0
-        for name, count in rows:
-            run = slice(first * per_sample, (first + count) * per_sample)
-            if name is not None:
-                out_RF[run].add_(self._update(x_RD[run], name, out.dtype), alpha=self.scale(name))
-            first += count
-        return out_RF.view(out.shape)
-
-    def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        """B (A x), in the dtype it is added to."""
-        a, b = self.lora_A[name], self.lora_B[name]
-        # Autocast chooses the dtype of products itself: a cast up would only be undone.
-        x = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
-        return F.linear(F.linear(x, a), b).to(dtype)
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

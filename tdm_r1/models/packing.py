@@ -11,6 +11,7 @@ from tdm_kernels.quantized import ScaledLinear, ScaledRows
 from torch import Tensor, nn
 
 from tdm_r1.errors import ConfigError
+from tdm_r1.models.lora_linear import AdaptedLinears, LoRALinear, base_of
 
 
 def join_linears(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
@@ -40,7 +41,8 @@ class Packable(nn.Module):
     """A module with groups of sibling linears that, once packed, run as one GEMM each (inference).
 
     The packed path is taken only with grad off: its weights are detached, so a graph through it
-    would silently lose the gradients of the parameters.
+    would silently lose the gradients of the parameters. Linears with adapters, whose bases are
+    frozen, take it for training too.
     """
 
     groups: tuple[str, ...]
@@ -56,7 +58,11 @@ class Packable(nn.Module):
 
     def joint(self, group: str) -> Callable[..., Tensor] | None:
         """Return the group as one linear if the packed path may be taken, else None."""
-        return None if torch.is_grad_enabled() else self.packed.get(group)
+        packed = self.packed.get(group)
+        if not torch.is_grad_enabled():
+            return packed
+        trained = isinstance(packed, AdaptedLinears) and not torch.compiler.is_compiling()
+        return packed if trained else None
 
     def linear(self, group: str, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Apply a group of a single linear; `out`, for inference, receives the result."""
@@ -66,22 +72,29 @@ class Packable(nn.Module):
         y = self.siblings(group)[0](x)
         return y if out is None else out.copy_(y)
 
-    def pack(self, ops: Ops) -> None:
-        """Pack every group whose members are all plain linears (a LoRA wrapper is none)."""
+    def pack(self, ops: Ops, *, adapters: bool = False) -> None:
+        """Pack every group of plain linears; with `adapters`, of those that carry some too.
+
+        The bases of the latter must be frozen.
+        """
         for group in self.groups:
             linears = self.siblings(group)
-            if linears and all(type(linear) is nn.Linear for linear in linears):
-                sources = [p for linear in linears for p in linear.parameters()]
-                self.packed[group] = ops.pack_linear(
-                    *join_linears(linears), sources, gelu=group in self.activated
-                )
+            bases = [base_of(linear) for linear in linears]
+            adapted = any(isinstance(linear, LoRALinear) for linear in linears)
+            if adapted and (not adapters or group in self.activated):
+                continue
+            if bases and all(type(base) is nn.Linear for base in bases):
+                weight, bias = join_linears(bases)
+                sources = [p for base in bases for p in base.parameters()]
+                packed = ops.pack_linear(weight, bias, sources, gelu=group in self.activated)
+                self.packed[group] = AdaptedLinears(packed, weight, linears) if adapted else packed
 
     def unpack(self) -> None:
         """Give every packed linear its own storage again."""
         for group in self.packed:
-            linears = self.siblings(group)
-            for parameter in (p for linear in linears for p in linear.parameters()):
-                if len(linears) > 1:
+            bases = [base_of(linear) for linear in self.siblings(group)]
+            for parameter in (p for base in bases for p in base.parameters()):
+                if len(bases) > 1:
                     parameter.data = parameter.data.clone()
         self.packed = {}
 

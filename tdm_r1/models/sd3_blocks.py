@@ -105,7 +105,8 @@ class JointAttention(Attention):
         weights = norm_weight(self.norm_q), norm_weight(self.norm_k)
         added = norm_weight(self.norm_added_q), norm_weight(self.norm_added_k)
         n, image, text = y_BnD.shape[1], self.joint("qkv"), self.joint("added")
-        if image is None or text is None or torch.compiler.is_compiling():
+        parts = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if image is None or text is None or parts:
             q, k, v = self.qkv(y_BnD, ops)
             qc, kc, vc = self.project("added", yc_BTD)
             qc, kc = ops.qk_norm_rope(qc, kc, *added, eps=self.eps)

@@ -149,7 +149,7 @@ def build_roles(
     if bf16:
         base.hold_linears(torch.bfloat16)
     if adapters:
-        base.pack_siblings()
+        base.pack_siblings(adapters=True)
     else:
         base.freeze()
     for name, role in roles.items():

@@ -233,7 +233,7 @@ def test_a_bf16_base_still_trains_fp32_adapters(sd3_dir):
     assert all(g.isfinite().all() for g in grads) and any(g.any() for g in grads)
 
 
-def test_a_base_under_adapters_packs_what_carries_none(sd3_dir):
+def test_a_base_under_adapters_packs_them_too(sd3_dir):
     config = Roles(kind="lora", rank=4, alpha=8.0, targets=TARGETS)
     packed = roles_of(sd3_dir, config)
     plain = copy.deepcopy(packed)  # a copy starts unpacked
@@ -241,7 +241,9 @@ def test_a_base_under_adapters_packs_what_carries_none(sd3_dir):
     assert not plain["base"].transformer.packed
     assert {"modulation", "output"} <= set(base.packed) and not base.frozen
     block = base.transformer_blocks[0]
-    assert set(block.ff.packed) == {"up", "down"} and "qkv" not in block.attn.packed
+    assert set(block.ff.packed) == {"up", "down"} and set(block.attn.packed) == set(
+        block.attn.groups
+    )
     args = torch.randn(2, 16, 8, 8), torch.tensor([900.0, 30.0]), condition("sd3", 2)
     for _ in range(2):
         for name in ("base", "fake"):
@@ -251,10 +253,16 @@ def test_a_base_under_adapters_packs_what_carries_none(sd3_dir):
         for roles in (packed, plain):  # moves take along what was packed
             roles["base"].transformer.to(torch.bfloat16).to(torch.float32)
     found, expected = (
-        torch.autograd.grad(roles["fake"](*args).square().sum(), list(roles["fake"].parameters()))
+        torch.autograd.grad(
+            roles["fake"](*args).square().sum(),
+            list(roles["fake"].parameters()),
+            allow_unused=True,  # one by one, the last block's text queries are left out
+        )
         for roles in (packed, plain)
     )
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for mine, theirs in zip(found, expected, strict=True):
+        theirs = torch.zeros_like(mine) if theirs is None else theirs
+        torch.testing.assert_close(mine, theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
 
 
 def test_default_levels_are_equal_so_that_inputs_are_shared():
