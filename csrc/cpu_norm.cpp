@@ -136,7 +136,7 @@ void residual_norm_backward(const ResidualNorm& p, int64_t b0, int64_t b1) {
       }
       if (p.dx.data) write(p.dx, b, t, dh, D);
       if (!p.branch.data) continue;
-      read(n, p.branch, b, t, D);
+      if (p.branch_weight || p.dgate) read(n, p.branch, b, t, D);
       const float rstd = p.branch_weight ? stats[2] : 1.0f;
       if (p.branch_weight)
         for (int64_t d = 0; d < D; d++) n[d] *= rstd;
