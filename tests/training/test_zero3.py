@@ -67,6 +67,30 @@ Path(f"{folder}/rank-{{distributed.rank()}}.json").write_text(json.dumps(found))
 distributed.close()
 """
 
+# One iteration of the demo's model and losses, whole and in shares. The fake score is not clipped:
+# the norms that shares add up to differ in their last bit.
+UNDER_AUTOCAST = """import json, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from tdm_r1.config import load_recipe
+from tdm_r1.training import distributed
+from tdm_r1.training.trainer import Trainer
+
+found = {{}}
+for stage in (2, 3):
+    run = Trainer(load_recipe("tiny-sd3-shapes", [
+        f"output={folder}/{{stage}}", f"zero_stage={{stage}}", "optimizers.fake.name=adamw",
+        "optimizers.fake.clip=0",
+        "rollout.num_prompts=2", "rollout.group_size=2", "rollout.micro_groups=1",
+    ]))
+    start = {{name: run.roles[name].sha256() for name in run.engines}}
+    run.method.step(0)
+    found[stage] = [start, {{name: run.roles[name].sha256() for name in run.engines}}]
+    assert run.recipe.precision == "bf16"
+Path(f"{folder}/rank-{{distributed.rank()}}.json").write_text(json.dumps(found))
+distributed.close()
+"""
+
 
 def values(folder, **changes):
     return {
@@ -152,6 +176,19 @@ def test_two_ranks_share_every_role_and_train_as_one(tmp_path, sd3_dir):
     moments, counts = distributed.optimizer_state(less.engines["fake"])
     assert counts == same["optimizer-fake"]
     assert all(torch.equal(moments[key], t) for key, t in shared["optimizer-fake"].items())
+
+
+@pytest.mark.slow
+def test_shares_of_a_bf16_run_are_those_of_the_whole(tmp_path):
+    script = tmp_path / "entry.py"
+    script.write_text(UNDER_AUTOCAST.format(paths=[p for p in sys.path if p], folder=tmp_path))
+    ran = start_ranks([], script=script)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank-{n}.json").read_text()) for n in (0, 1))
+    assert first == second
+    (start, whole), (same, shares) = first["2"], first["3"]
+    assert start == same and set(start) == set(TRAINED["tdm_r1"])
+    assert whole == shares and all(whole[name] != start[name] for name in start)
 
 
 def test_the_last_share_of_an_odd_tensor_is_padded(monkeypatch):
