@@ -1,4 +1,4 @@
-"""Linears packed for inference: siblings as one GEMM, in the model's dtype or in 8 bits."""
+"""Linears packed: siblings as one GEMM, in the model's dtype, under adapters, or in 8 bits."""
 
 from __future__ import annotations
 
