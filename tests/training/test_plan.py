@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tdm_kernels import native
 
 from tdm_r1 import train
 from tdm_r1.config import Optimizer, load_recipe
@@ -122,6 +123,7 @@ def kept_bytes(family, layers, kind, checkpointed, side, rows=2, tokens=32):
         model.to(torch.bfloat16).requires_grad_(False)
         lora.inject(model, ["a"], rank=2, alpha=2.0, targets=lora.TARGETS[model.family])
         lora.set_adapter(model, "a")
+        model.pack_siblings(adapters=True)
     model.checkpoint_blocks = checkpointed
     sizes_, alive = {}, []
 
@@ -146,7 +148,10 @@ def kept_bytes(family, layers, kind, checkpointed, side, rows=2, tokens=32):
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("family", ["sd3", "dual", "zimage"])
-def test_kept_bytes_are_those_of_a_real_graph(family, kind, checkpointed):
+def test_kept_bytes_are_those_of_a_real_graph(family, kind, checkpointed, monkeypatch):
+    # At the sizes that are planned for, attention is the library's where it is trained.
+    monkeypatch.setattr(native, "_MAX_ROWS_BACKWARD", 0)
+
     def per_block(side):
         more, less = (kept_bytes(family, n, kind, checkpointed, side) for n in (3, 2))
         return more - less
