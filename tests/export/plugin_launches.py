@@ -15,6 +15,7 @@ from tdm_kernels.testing import in_double
 from tdm_r1.export import plugins
 from tdm_r1.export.plugin_ops import PluginOp, compute
 from tests.export.plugin_stand_in import DataType, PluginModule
+from tests.export.test_registration import TORCH, describe
 from tests.kernels.compare import assert_as_good, randn
 
 EPS = 1e-3  # not the default
@@ -38,25 +39,13 @@ OPS = [
     PluginOp("swiglu", 2100, "fp16", ("gate", "up")),
     PluginOp("gelu_tanh", 40, "fp32", ("x",)),
 ]  # fmt: skip
-TYPES = {"fp32": (torch.float32, DataType.FLOAT), "fp16": (torch.float16, DataType.HALF)}
 
 
 def inputs_of(op: PluginOp, b: int, t: int) -> tuple[list[torch.Tensor], list[DataType]]:
     """Random inputs of an op, in its order, and TensorRT's dtypes of them."""
-    heads = () if op.num_heads is None else (op.num_heads,)
-    tensors, dtypes = [], []
-    for seed, name in enumerate(op.inputs):
-        dtype, named = TYPES[op.precision]
-        shape: tuple[int, ...] = (b, t, *heads, op.width)
-        if op.eps is not None and name in ("gate", "scale", "shift", "rope"):
-            first = b if op.per_sample else 1
-            shape = (first, t, 1, op.width) if name == "rope" else (first, 1, op.width)
-            dtype, named = TYPES["fp32"]
-        elif "weight" in name:
-            shape = (op.width,)
-        tensors.append(randn(*shape, seed=seed, dtype=dtype))
-        dtypes.append(named)
-    return tensors, dtypes
+    shapes, dtypes = describe(op, b, t)
+    described = enumerate(zip(shapes, dtypes, strict=True))
+    return [randn(*shape, seed=i, dtype=TORCH[dtype]) for i, (shape, dtype) in described], dtypes
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
