@@ -237,7 +237,7 @@ class Baseline:
             if pulled:
                 w_r = _mean((x0_hat.detach() - guided).abs()).clamp(min=1e-3)
                 reward = _square(x0_hat, guided - base_r) / w_r
-                loss = (rl.tdm_weight * guidance + divergence) / w + (1 - rl.tdm_weight) * reward
+                loss = (rl.tdm_weight * guidance + divergence) / w + rl.rl_weight * reward
             else:
                 loss = rl.tdm_weight * (guidance + divergence) / w
             self._descend(loss.mean(), passes)

@@ -114,24 +114,30 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Few-step distribution matching. `boundaries` of the K steps are trained per iteration."""
+    """Few-step distribution matching. `boundaries` of the K steps are trained per iteration.
+
+    `critic_warmup`: iterations at the start in which only the generator's critics learn, the fake
+    score and the surrogate, from what the generator draws as it is.
+    """
 
     boundaries: int = 2
     cfg: float = 3.5
     weight_cfg: float = 4.5
     base_drift: float = 0.02
     fake_updates: int = 1
+    critic_warmup: int = 0
 
 
 @dataclass(frozen=True)
 class Reinforcement:
-    """The surrogate reward and its pull on the generator.
+    """The surrogate reward and its pull on the generator, `rl_weight` times (published: 0.7).
 
     `judged`: the surrogate learns from every state of a "trajectory", as published, or from "final"
     pictures alone, whose velocity target has no noise of the earlier states.
     """
 
     tdm_weight: float = 0.3
+    rl_weight: float = 0.7
     beta: float = 10.0
     t_min: float = 0.3
     t_min_reward: float = 0.3
@@ -356,6 +362,12 @@ def validate(recipe: Recipe) -> Recipe:
         _choice(f"optimizers.{name}.decay", optimizer.decay, ("none", "cosine"))
         if len(optimizer.betas) != 2:
             raise ConfigError(f"optimizers.{name}.betas must be two numbers; got {optimizer.betas}")
+    most = 0 if recipe.method == "sft" else recipe.iterations - 1
+    if not 0 <= (wait := recipe.distillation.critic_warmup) <= most:
+        raise ConfigError(
+            f"distillation.critic_warmup must be from 0 to {most}, for the generator of method "
+            f"{recipe.method} to be trained in {recipe.iterations} iterations; got {wait}"
+        )
     if recipe.method == "tdm_r1" and recipe.rollout.group_size < 2:
         raise ConfigError(f"rollout.group_size must be at least 2; got {recipe.rollout.group_size}")
     if not 1 <= recipe.distillation.boundaries <= recipe.rollout.steps:

@@ -22,6 +22,7 @@ class Descent:
 
     def __init__(self, engines: dict[str, Any]) -> None:
         self.engines = engines
+        self.stepped: list[str] = []  # by the last `step`
         self._due: list[str] = []
         self._losses: dict[str, list[Tensor]] = {}
 
@@ -50,6 +51,7 @@ class Descent:
                 distributed.drop_gradients(self.engines[name])
             else:
                 self.engines[name].step()
+        self.stepped = [] if found else due
         if found:
             raise NotFinite(f"not finite: {', '.join(found)}")
 

@@ -195,6 +195,7 @@ def generator_loss(
     trunc_steps: int,
     rl_cfg: float,
     tdm_weight: float = 0.3,
+    rl_weight: float = 0.7,
     cfg: float = 3.5,
     weight_cfg: float = 4.5,
     min_weight: float = 1e-3,
@@ -204,8 +205,8 @@ def generator_loss(
         KL  = base_c - fake_c                    at x_s
         CFG = cfg (base_c - base_u)              at x_s
         RL  = sur_u + rl_cfg (sur_c - sur_u) - base_c        at x_r
-        L   = tdm_weight |CFG|^2/w + |KL|^2/w + (1 - tdm_weight) |RL|^2/w'      for k < trunc_steps
-        L   = tdm_weight (|CFG|^2 + |KL|^2)/w                                   from trunc_steps on
+        L   = tdm_weight |CFG|^2/w + |KL|^2/w + rl_weight |RL|^2/w'     for k < trunc_steps
+        L   = tdm_weight (|CFG|^2 + |KL|^2)/w                           from trunc_steps on
         w  = mean_elements |x0_hat - base_u - weight_cfg (base_c - base_u)|
         w' = mean_elements |x0_hat - sur_u - rl_cfg (sur_c - sur_u)|
     |D|^2 = mean_elements (sg(x0_hat + D) - x0_hat)^2 per row, whose gradient in x0_hat is
@@ -214,7 +215,8 @@ def generator_loss(
 
     x0_hat = x_k - sigma_k v_theta carries the only gradient; the queries are x0 predictions, all
     [B, C, h, w]. sur_c, sur_u and base_c_at_r may be None from trunc_steps on: they are not read.
-    Source: TDM-R1; the split weights and 1 - tdm_weight are the authors' released script's.
+    Source: TDM-R1; the split weights are the authors' released script's, where rl_weight is
+    1 - tdm_weight.
 
     Raises:
         ValueError: shapes differ, or k < trunc_steps and a query at x_r is missing.
@@ -237,7 +239,7 @@ def generator_loss(
     sur_cfg_BChw = _guided(sur_c_x0_BChw, sur_u_x0_BChw, rl_cfg)
     rl_B = _pull(x0_hat_BChw, sur_cfg_BChw - base_c_x0_at_r_BChw)
     w_rl_B = _distance(x0_hat_BChw, sur_cfg_BChw, min_weight)
-    per_row_B = (tdm_weight * guidance_B + kl_B) / w_B + (1 - tdm_weight) * rl_B / w_rl_B
+    per_row_B = (tdm_weight * guidance_B + kl_B) / w_B + rl_weight * rl_B / w_rl_B
     loss = per_row_B.mean()
     metrics = _generator_metrics(loss, guidance_B, kl_B, w_B)
     return loss, {

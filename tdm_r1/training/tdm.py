@@ -3,7 +3,7 @@
 One iteration rolls out the current generator, and makes one optimizer step per role from
 `distillation.boundaries` of the K steps. The three losses of a step see the same roles: no role is
 updated before the losses have what they need of it. Formulas: `losses.py`; which forwards they
-share: `queries.py`.
+share: `queries.py`. In the first `distillation.critic_warmup` iterations the generator waits.
 """
 
 from __future__ import annotations
@@ -138,6 +138,9 @@ class Tdm:
             self._follow_judge(iteration)
         return _means(sums)
 
+    def _generator_waits(self, iteration: int) -> bool:
+        return iteration < self.recipe.distillation.critic_warmup
+
     def _draw_steps(self, iteration: int, micro_batch: int) -> list[tuple[int, int]]:
         """The boundaries (k, j) of a micro-batch, by its number over all ranks.
 
@@ -158,6 +161,8 @@ class Tdm:
         rl = self.recipe.reinforcement
         floor = max(sigmas[j + 1], rl.t_min_reward)
         judged = self._renoised(batch, j + 1, floor, (*key, SURROGATE, slot), shared=True)
+        if self._generator_waits(iteration):
+            return distil, None, judged
         return distil, self._pull(iteration, batch, k, j, distil, judged), judged
 
     def _pull(
@@ -185,7 +190,8 @@ class Tdm:
     def _backward(self, iteration: int, batch: Batch, k: int, j: int, slot: int) -> Metrics:
         """All losses of boundary k (surrogate: j), each through its role's engine."""
         distil, pull, judged = self._draw_inputs(iteration, batch, k, j, slot)
-        v = self._ask(batch, distil, pull, judged)
+        waits = self._generator_waits(iteration)
+        v = self._ask(batch, distil, pull, judged, guided=not waits)
         metrics: Metrics = {}
         known: dict[Source, Tensor] = {}
         if judged is not None:
@@ -195,7 +201,7 @@ class Tdm:
             v["surrogate_c"] = pull.merge(known, v.get("surrogate_c"))
         v["fake"], found = self._fake(batch, distil, k, v["base_c"])
         metrics |= found
-        return metrics | self._generator(batch, distil, pull, k, v)
+        return metrics if waits else metrics | self._generator(batch, distil, pull, k, v)
 
     def _generator(
         self, batch: Batch, distil: Noised, pull: Pull | None, k: int, v: dict[str, Tensor]
@@ -219,22 +225,32 @@ class Tdm:
                 towards = [flow.x0_from_v(pull.x_BChw, v[name], pull.s_B) for name in names]
             loss, metrics = generator_loss(
                 x0_hat, *x0, *towards, k=k, trunc_steps=rl.trunc_steps, rl_cfg=rl.rl_cfg,
-                tdm_weight=rl.tdm_weight, cfg=cfg, weight_cfg=weight_cfg,
+                tdm_weight=rl.tdm_weight, rl_weight=rl.rl_weight, cfg=cfg, weight_cfg=weight_cfg,
             )  # fmt: skip
         self._descend("generator", loss)
         return metrics
 
     def _ask(
-        self, batch: Batch, distil: Noised, pull: Pull | None, judged: Noised | None
+        self,
+        batch: Batch,
+        distil: Noised,
+        pull: Pull | None,
+        judged: Noised | None,
+        *,
+        guided: bool,
     ) -> dict[str, Tensor]:
-        """Every velocity that nobody trains, once: at x_s, at x_r (`_r`), where j judges (`_j`)."""
+        """Every velocity that nobody trains, once: at x_s, at x_r (`_r`), where j judges (`_j`).
+
+        `guided`: the generator's loss will read the teacher's guidance at x_s.
+        """
         roles, asked = self.trainer.roles, {}
 
         def put(name: str, role: str, at: Noised, cond: Condition = batch.cond) -> None:
             asked[name] = Query(roles[role], at.x_BChw, at.s_B, cond)
 
         put("base_c", "base", distil)
-        put("base_u", "base", distil, batch.uncond)
+        if guided:
+            put("base_u", "base", distil, batch.uncond)
         judges = () if judged is None else (Source.JUDGED,)
         if judged is not None:
             put("base_j", "base", judged)

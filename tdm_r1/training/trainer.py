@@ -176,8 +176,11 @@ class Trainer:
     def _iterate(self, progress: Progress) -> None:
         recipe, start = self.recipe, time.perf_counter()
         for name, engine in self.engines.items():
+            wait = recipe.distillation.critic_warmup if name == "generator" else 0
             rate = learning_rate(
-                getattr(recipe.optimizers, name), self.iteration, recipe.iterations
+                getattr(recipe.optimizers, name),
+                max(0, self.iteration - wait),
+                recipe.iterations - wait,
             )
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
@@ -188,8 +191,8 @@ class Trainer:
             self.skipped, metrics = self.skipped + 1, {"skipped": str(error)}
         else:
             self.skipped = 0
-            for name, engine in self.engines.items():
-                metrics[f"grad_norm_{name}"] = distributed.grad_norm(engine)
+            for name in self.descent.stepped:
+                metrics[f"grad_norm_{name}"] = distributed.grad_norm(self.engines[name])
             follow(self.roles["ema"], self.roles["generator"], 1 - self._ema_decay())
         self.iteration += 1
         metrics["seconds"] = time.perf_counter() - start

@@ -49,17 +49,17 @@ def rows(w):
     return w.view(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("tdm_weight", [0.3, 0.5])
-def test_generator_loss_and_gradient_are_the_weighted_score_differences(tdm_weight):
+@pytest.mark.parametrize(("tdm_weight", "rl_weight"), [(0.3, 0.7), (0.5, 1.5)])
+def test_generator_loss_and_gradient_are_the_weighted_score_differences(tdm_weight, rl_weight):
     inputs = generator_inputs()
     loss, metrics = losses.generator_loss(
-        **inputs, k=1, trunc_steps=2, rl_cfg=2.5, tdm_weight=tdm_weight
+        **inputs, k=1, trunc_steps=2, rl_cfg=2.5, tdm_weight=tdm_weight, rl_weight=rl_weight
     )
     d_cfg, d_kl, d_rl, w, w_rl = terms(inputs)
     expected = tdm_weight * weighted(d_cfg, w) + weighted(d_kl, w)
-    expected = expected + (1 - tdm_weight) * weighted(d_rl, w_rl)
+    expected = expected + rl_weight * weighted(d_rl, w_rl)
     torch.testing.assert_close(loss, expected)
-    pull = (tdm_weight * d_cfg + d_kl) / rows(w) + (1 - tdm_weight) * d_rl / rows(w_rl)
+    pull = (tdm_weight * d_cfg + d_kl) / rows(w) + rl_weight * d_rl / rows(w_rl)
     torch.testing.assert_close(
         gradient(loss, inputs["x0_hat_BChw"]), -2 * pull / NUM_ELEMENTS / NUM_ROWS
     )

@@ -321,7 +321,7 @@ def test_shipped_recipes_have_the_published_values_and_fit(model, reward):
     whole = load_recipe(f"{model}-{reward}")
     rl = whole.reinforcement
     assert (rl.beta, rl.t_min, rl.t_min_reward, rl.rl_cfg) == PUBLISHED[reward]
-    assert (rl.lag_clip, rl.trunc_steps, rl.tdm_weight) == (1e-3, 4, 0.3)
+    assert (rl.lag_clip, rl.trunc_steps, rl.tdm_weight, rl.rl_weight) == (1e-3, 4, 0.3, 0.7)
     assert (rl.drift_gate, rl.drift_weight, rl.reference) == (0.05, 0.001, "frozen")
     assert (whole.rollout.num_prompts, whole.rollout.group_size, whole.rollout.steps) == (48, 24, 4)
     assert (whole.roles.rank, whole.roles.alpha, whole.resolution) == (32, 64.0, 512)

@@ -1,6 +1,7 @@
 """Whole runs of the trainer on random tiny models, in this process and under the launcher."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,49 @@ def test_resumed_equals_uninterrupted_bitwise(kind, zero_stage, tmp_path, sd3_di
     Trainer(recipe(tmp_path / "b", sd3_dir, **values(2))).run()
     resumed = Trainer(recipe(tmp_path / "b", sd3_dir, **values(3)), resume=True)
     assert resumed.iteration == 2
+    resumed.run()
+    assert hashes(resumed) == hashes(whole)
+
+
+@pytest.mark.parametrize("method", ["tdm", "tdm_r1"])
+def test_the_generator_waits_while_its_critics_warm_up(method, tmp_path, sd3_dir, bright):
+    values = {
+        "method": method,
+        "reward": bright,
+        "roles": {"kind": "full"},
+        "distillation": {"boundaries": 1, "critic_warmup": 2},
+        "optimizers": {"generator": {"lr": 1e-3, "decay": "cosine"}},
+        "checkpoint_every": 1,
+        "keep_checkpoints": 3,
+    }
+    trainer = Trainer(recipe(tmp_path / "a", sd3_dir, iterations=3, **values))
+    waiting, critics = {"generator", "ema"}, set(trainer.engines) - {"generator"}
+    before = hashes(trainer)
+    trainer.method.step(0)
+    after = hashes(trainer)
+    changed = {name for name in before if before[name] != after[name]}
+    assert critics <= changed and not changed & waiting
+
+    whole = Trainer(recipe(tmp_path / "b", sd3_dir, iterations=3, **values))
+    whole.run()
+    lines = [json.loads(s) for s in (tmp_path / "b/run/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "evaluation" not in line]
+    assert ["generator_loss" in line for line in steps] == [False, False, True]
+    assert ["grad_norm_generator" in line for line in steps] == [False, False, True]
+    assert all("grad_norm_fake" in line for line in steps)
+    start, waited, moved = (
+        checkpoint.load_checkpoint(tmp_path / f"b/run/checkpoint-{n:06d}")[0]["generator"]
+        if n
+        else trainer.roles["generator"].tensors()
+        for n in (0, 2, 3)
+    )
+    assert all(torch.equal(tensor, waited[name]) for name, tensor in start.items())
+    # Its rate starts where the wait ends: Adam's first step is the whole rate.
+    steps_taken = [(moved[name] - waited[name]).abs().max() for name in moved]
+    assert float(torch.stack(steps_taken).max()) == pytest.approx(1e-3, rel=0.02)
+
+    shutil.rmtree(tmp_path / "b/run/checkpoint-000003")
+    resumed = Trainer(recipe(tmp_path / "b", sd3_dir, iterations=3, **values), resume=True)
     resumed.run()
     assert hashes(resumed) == hashes(whole)
 
