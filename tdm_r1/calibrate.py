@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,29 +78,37 @@ def calibrate(
     limit: float = LIMIT,
     prompts: Sequence[str] = PROMPTS,
     seed: int = 0,
+    quantize: Callable[[Sequence[str]], None] | None = None,
+    candidates: Sequence[str] | None = None,
 ) -> Calibration:
-    """Measure every layer of a frozen transformer in `precision` and leave it as chosen.
+    """Measure every layer of a transformer in `precision` and leave it as chosen.
 
-    Raises ConfigError for a limit that is not above 0 and what `Transformer.quantize` refuses.
+    `quantize(names)` puts these layers, and no others, into 8 bits: by default those of a frozen
+    transformer by `Transformer.quantize`. `candidates`, by default all, are chosen from; the others
+    are measured and kept whole. Raises ConfigError for a limit that is not above 0 and what
+    `Transformer.quantize` refuses.
     """
     if not limit > 0:
         raise ConfigError(f"limit is {limit}; allowed: a relative error above 0")
     model = pipeline.transformer
+    quantize = quantize or (lambda names: model.quantize(names, precision))
     names = list(model.layers_by_name())
-    runs = _Runs(pipeline, schedule, prompts, seed)
-    model.quantize((), precision)
+    runs = Runs(pipeline, schedule, prompts, seed)
+    quantize(())
     exact, streams = runs.follow(names)
     rows = []
     for name in names:
-        model.quantize([name], precision)
+        quantize([name])
         found, mine = runs.follow([name])
         (before, after), (_, changed) = streams[name], mine[name]
         own = _relative(changed, after, size=after - before)
         rows.append(LayerError(name, own, _relative(found, exact)))
     rows.sort(key=lambda row: -row.latents)
-    kept = choose(rows, limit)
+    free = [row for row in rows if candidates is None or row.name in candidates]
+    barred = tuple(row.name for row in rows if row not in free)
+    kept = barred + choose(free, limit)
     left = [row for row in rows if row.name not in kept]
-    model.quantize([name for name in names if name not in kept], precision)
+    quantize([name for name in names if name not in kept])
     measured = _relative(runs.follow([])[0], exact)
     return Calibration(tuple(rows), limit, kept, _together(left), measured, precision)
 
@@ -120,6 +128,20 @@ def read_calibration(path: str | Path) -> Calibration:
         return Calibration(layers, kept=tuple(values.pop("kept")), **values)
     except (KeyError, TypeError) as error:
         raise LoadError(f"{path} is no calibration report: {error}") from error
+
+
+def calibration_of(model: Transformer, precision: str, path: str | Path) -> Calibration:
+    """Read the report on `model` in `precision`.
+
+    Raises LoadError as `read_calibration` does, ConfigError for a report on other layers or another
+    precision.
+    """
+    found = read_calibration(path)
+    if found.precision != precision:
+        raise ConfigError(f"{path} reports on {found.precision}, not on {precision}")
+    if {row.name for row in found.layers} != set(model.layers_by_name()):
+        raise ConfigError(f"{path} reports on the layers of another model")
+    return found
 
 
 def dtype_beside(precision: str, dtype: Any, calibration: str | Path | None) -> Any:
@@ -163,17 +185,12 @@ def apply_precision(
     if calibration is None:
         calibrate(pipeline, schedule, precision=precision)
     else:
-        found = read_calibration(calibration)
-        if found.precision != precision:
-            raise ConfigError(f"{calibration} reports on {found.precision}, not on {precision}")
-        if {row.name for row in found.layers} != set(model.layers_by_name()):
-            raise ConfigError(f"{calibration} reports on the layers of another model")
-        model.quantize(found.quantized, precision)
+        model.quantize(calibration_of(model, precision, calibration).quantized, precision)
     model.release()
 
 
-class _Runs:
-    """The same trajectories, again and again."""
+class Runs:
+    """The same trajectories, again and again: noise of a seed, prompts, the schedule's steps."""
 
     def __init__(
         self, pipeline: Pipeline, schedule: flow.Schedule, prompts: Sequence[str], seed: int

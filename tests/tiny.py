@@ -90,8 +90,8 @@ def make_sd3(
     return Path(root)
 
 
-def make_zimage(root: Path, seed: int = 0, *, layers: int = 3) -> Path:
-    """Write a random ZImagePipeline directory."""
+def make_zimage(root: Path, seed: int = 0, *, layers: int = 3, heads: int = 4) -> Path:
+    """Write a random ZImagePipeline directory; of 6 `heads` every width is a multiple of 16."""
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
 
@@ -104,8 +104,8 @@ def make_zimage(root: Path, seed: int = 0, *, layers: int = 3) -> Path:
         )
     )  # fmt: skip
     transformer = ZImageTransformer2DModel(
-        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=64, n_layers=layers,
-        n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=48, rope_theta=256.0,
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=16 * heads, n_layers=layers,
+        n_refiner_layers=1, n_heads=heads, n_kv_heads=heads, cap_feat_dim=48, rope_theta=256.0,
         axes_dims=[4, 6, 6], axes_lens=[160, 64, 64],
     )  # fmt: skip
     pipeline = ZImagePipeline(

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +24,8 @@ from tdm_r1.export.onnx_graph import LOW_OPSET, check_installed, write_graph
 from tdm_r1.export.parity import check
 from tdm_r1.export.plugin_ops import PluginOp, bind
 from tdm_r1.export.precision import check_low, check_precision, copy_weights, load_low
+from tdm_r1.export.quantize import check_pairs
+from tdm_r1.export.static_fp8 import Static, calibrate_static, emulated
 from tdm_r1.export.tensorrt import Target, build_engines
 from tdm_r1.exported.loading import open_parts
 from tdm_r1.exported.manifest import REFIT, Manifest, write_manifest
@@ -49,6 +51,7 @@ def export_model(
     steps: int = 4,
     solver: str = "auto",
     precision: str = "fp32",
+    calibration: str | Path | None = None,
     refit: bool = False,
     target: Target | None = None,
     say: Say = lambda line: None,
@@ -56,47 +59,56 @@ def export_model(
     """Write the directory `output` for `Engine.from_pretrained(output, backend="onnx")`.
 
     `model`, `lora`, `steps` and `solver` as in `Engine.from_pretrained`. `precision` is that of
-    weights, products and what lies between: fp32, bf16 or fp16. The graphs take and return fp32.
-    `axes` replaces some of `default_axes`. `refit` adds what `Engine.refit` needs to change the
-    LoRA: the unmerged weights, and the transformer's in files beside its graphs. With a `target`,
-    TensorRT engines are built from the graphs once these have passed the gate. `say` hears of the
-    progress. Everything is written beside `output` under another name, which is given to it at the
-    very end: what is not whole is never there, and is removed on the way out.
+    weights, products and what lies between: fp32, bf16, fp16, or fp8, which is bf16 with products
+    of e4m3 in the layers that `calibrate_static` chooses, among those of the report `calibration`.
+    The graphs take and return fp32. `axes` replaces some of `default_axes`. `refit` adds what
+    `Engine.refit` needs to change the LoRA: the unmerged weights, and the transformer's in files
+    beside its graphs. With a `target`, TensorRT engines are built from the graphs once these have
+    passed the gate. `say` hears of the progress. Everything is written beside `output` under
+    another name, which is given to it at the very end: what is not whole is never there, and is
+    removed on the way out.
 
-    Raises ConfigError for sizes the model does not take, an `output` that exists, or missing
-    packages; LoadError as `load_pipeline` does; ExportError for a graph that cannot be made, that
-    differs from the Engine, or of which no engine can be built.
+    Raises ConfigError for sizes the model does not take, an `output` that exists, options that
+    exclude each other, or missing packages; LoadError as `load_pipeline` does; ExportError for a
+    graph that cannot be made, that differs from the Engine, or of which no engine can be built, and
+    as `calibrate_static` does.
     """
     output = Path(output).expanduser()
     if output.exists():
         raise ConfigError(f"--output is {str(output)!r}, which exists; choose another or remove it")
-    check_precision(precision)
+    check_precision(precision, calibration, refit)
     check_installed()
     import_runtime()  # the gate needs it: better said before the work than after
     if target is not None:
-        target.check()
+        target.check(precision)
     pipeline = load_pipeline(model, lora=lora, device="cpu", dtype="float32")
     engine = Engine(pipeline, steps=steps, solver=solver)
-    low = None
-    if precision != "fp32":
-        low = Engine(load_low(model, lora, precision), steps=steps, solver=solver)
-        copy_weights(low.pipeline, pipeline)
     chosen = {**default_axes(pipeline), **(axes or {})}
     check_axes(pipeline, chosen)
+    low = static = None
+    if precision != "fp32":
+        low = Engine(load_low(model, lora, precision), steps=steps, solver=solver)
+        if precision == "fp8":
+            static = calibrate_static(low.pipeline, low.schedule, calibration)
+            say(static.line)
+        copy_weights(low.pipeline, pipeline)
     with written_whole(output) as root:
         plugins = target is not None and target.plugins
-        graphs = _write_graphs(low or engine, chosen, root, say, refit, plugins)
+        graphs = _write_graphs(low or engine, chosen, root, say, refit, plugins, static)
         if refit:
             _write_unmerged(low or engine, precision, graphs, root)
         for folder in pipeline.path.glob("tokenizer*"):
             shutil.copytree(folder, root / folder.name)
         manifest = replace(_manifest(engine, chosen, graphs, root), precision=precision)
+        if static is not None:
+            manifest = replace(manifest, fp8=static.to_dict())
         started = time.perf_counter()
         if low is None:
             exported = Engine(open_parts(root, manifest), steps=steps, solver=solver)
             parity = check(engine, exported, chosen)
         else:
-            parity = check_low(engine, low, root, manifest, chosen)
+            with nullcontext() if static is None else _in_fp8(low, static, root, graphs):
+                parity = check_low(engine, low, root, manifest, chosen)
         manifest = replace(manifest, parity=parity)
         took = time.perf_counter() - started
         say(f"parity with the Engine: {_worst(parity)}, {took:.0f} s")
@@ -177,6 +189,7 @@ def _write_graphs(
     say: Say,
     refit: bool = False,
     plugins: bool = False,
+    static: Static | None = None,
 ) -> dict[str, dict]:
     written = {}
     transformer = engine.pipeline.transformer
@@ -189,11 +202,22 @@ def _write_graphs(
             started = time.perf_counter()
             beside = refit and graph.name in PARTS
             opset = LOW_OPSET if low else None
-            written[graph.name] = write_graph(graph, root, opset, refit=beside, seen=seen)
+            scales = static.scales if static and graph.name == "transformer" else None
+            entry = write_graph(graph, root, opset, refit=beside, seen=seen, scales=scales)
+            written[graph.name] = entry
             size = sum(path.stat().st_size for path in root.glob(f"{graph.name}.onnx*"))
             took = time.perf_counter() - started
             say(f"{graph.name}: {size / 1e6:.1f} MB, {took:.0f} s")
     return written
+
+
+@contextmanager
+def _in_fp8(low: Engine, static: Static, root: Path, graphs: dict[str, dict]) -> Iterator[None]:
+    """Hold the pairs of the file to the scales with which `low` computes meanwhile."""
+    transformer, graph = low.pipeline.transformer, graphs["transformer"]
+    check_pairs(root / graph["file"], transformer, graph["weights"], static.scales)
+    with emulated(transformer, static.scales):
+        yield
 
 
 def _write_unmerged(engine: Engine, precision: str, graphs: dict[str, dict], root: Path) -> None:
@@ -254,6 +278,7 @@ def _manifest(engine: Engine, axes: Axes, graphs: dict[str, dict], root: Path) -
         source=source,
         versions={"tdm_r1": __version__, **{name: _version(name) for name in PACKAGES}},
         parity={},
+        fp8=None,
         engines=None,
     )
 

@@ -46,8 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--heights", **sizes, help="pixels (default: half to 1.5 times the model's own)")
     add("--widths", **sizes, help="pixels (default: as for --heights)")
     add("--text", **sizes, help="tokens: of SD3 those of T5, of Z-Image those of the prompt")
-    precision = "of weights and products: fp32, bf16 or fp16 (default: %(default)s)"
+    precision = "of weights and products: fp32, bf16, fp16 or fp8 (default: %(default)s)"
     add("--precision", default="fp32", help=precision)
+    report = "with --precision fp8: a report of tdm_r1.calibrate, of the layers that may be in fp8"
+    add("--calibration", metavar="FILE", help=report)
     refit = "keep what Engine.refit needs to change the LoRA; engines then need a GPU to be built"
     add("--refit", action="store_true", help=refit)
     add("--trt", action="store_true", help="build TensorRT engines too")
@@ -99,6 +101,7 @@ def _export(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         solver=arguments.solver,
         precision=arguments.precision,
+        calibration=arguments.calibration,
         refit=arguments.refit,
         target=Target(**chosen, **asked) if arguments.trt else None,
         say=lambda line: print(line, file=sys.stderr, flush=True),
@@ -107,10 +110,13 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_WRITING = ("output", "lora", "calibration", "refit", "trt")  # options that a dry run lacks
+
+
 def _dry_run(arguments: argparse.Namespace, axes: dict[str, tuple[int, int]]) -> int:
     from tdm_r1.export.dry_run import dry_run
 
-    given = {name: getattr(arguments, name) for name in ("output", "lora", "refit", "trt")}
+    given = {name: getattr(arguments, name) for name in _WRITING}
     if unused := [f"--{name}" for name, value in given.items() if value]:
         raise ConfigError(f"{unused[0]} does not go with --dry-run, which writes nothing")
     dry_run(

@@ -64,6 +64,11 @@ def dry_run(
     out fixed.
     """
     check_precision(precision)
+    if precision == "fp8":
+        raise ConfigError(
+            "--precision fp8 does not go with --dry-run: which products are in fp8 is measured on"
+            " weights, and there are none; --precision bf16 traces the same graphs"
+        )
     check_installed()
     if model not in CONFIGS:
         raise ConfigError(

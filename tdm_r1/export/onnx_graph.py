@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tdm_r1.export.functions import define
 from tdm_r1.export.graphs import Graph
 from tdm_r1.export.naming import name_weights, scopes
 from tdm_r1.export.plugin_ops import NAMESPACE, PluginOp
+from tdm_r1.export.quantize import quantize_products
 
 LOW_OPSET = 23  # in half precision: attention is one op there, whose scores are never rounded
 # Products that stay fp32 in half precision: a rotary table's angles, which no other dtype resolves.
@@ -43,15 +44,17 @@ def write_graph(
     *,
     refit: bool = False,
     seen: dict[str, PluginOp] | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Trace `graph` and write `root/<name>.onnx`, above 2 GB with its weights in a file beside it.
 
     `opset` LOW_OPSET is for graphs in half precision. `refit` puts the weights beside it in any
     case, where ONNX Runtime replaces them. `seen` is where the ops that are bound as nodes of their
-    own are known by name, once they are traced. Returns its entry in the manifest. Raises
-    ExportError for a module that cannot be traced, an op that ONNX lacks (node and module are
-    named), an op outside ONNX's own domain, an axis that came out fixed though it was to vary, and
-    in half precision a product in fp32 that is not one of FULL_PRODUCTS.
+    own are known by name, once they are traced. `scales`: of what linears read whose products are
+    e4m3, by their path in the model. Returns its entry in the manifest. Raises ExportError for a
+    module that cannot be traced, an op that ONNX lacks (node and module are named), an op outside
+    ONNX's own domain, an axis that came out fixed though it was to vary, in half precision a
+    product in fp32 that is not one of FULL_PRODUCTS, and as `quantize_products` does.
     """
     import onnx
 
@@ -59,6 +62,7 @@ def write_graph(
     with _quiet(), torch.no_grad():
         program = _translate(graph, _trace(graph), opset)
         weights = name_weights(graph.module, program.model)
+        quantize_products(graph.module, program.model, weights, scales or {})
         plugins = define(program.model, seen or {}, _translate_body)
         program.save(path, external_data=refit or None)
     onnx.checker.check_model(str(path), full_check=opset == LOW_OPSET)

@@ -36,7 +36,7 @@ PROMPTS = ("two red circles", 'a sign that says "open", and a blue square left o
 class Finding:
     """The largest error of one part: max |exported - engine| / max |engine| over a tensor.
 
-    Of the stages of a loop in half precision: the root mean square of either.
+    Of the stages of a loop in half precision, and of steps in fp8: the root mean square of either.
     """
 
     part: str
@@ -72,17 +72,21 @@ def sizes_to_try(axes: Axes, unit: int) -> list[dict[str, int]]:
 
 
 def check(
-    engine: Engine, exported: Engine, axes: Axes, low: Engine | None = None
+    engine: Engine,
+    exported: Engine,
+    axes: Axes,
+    low: Engine | None = None,
+    in_mean: Sequence[str] = ("loop",),
 ) -> dict[str, Any]:
     """Compare every part and the whole loop at `sizes_to_try`; returns what was measured.
 
     Allowed is TOLERANCE, and with `low`, an Engine in half precision on the same weights, twice the
     error of that one against `engine`, plus 2 ulp; the largest of all sizes stands against the
     largest, since of one draw the errors of two roundings may well differ threefold. The loop is
-    then its stages, as `_stages` has them, whose errors are root mean squares and allow no ulp.
-    What a whole loop comes to in the end, the latents' error of both at the size where it is
-    largest, is the "drift". Raises ExportError, naming the worst tensor, where an error is above
-    what is allowed or not a number.
+    then its stages, as `_stages` has them. Errors of the parts `in_mean` are then root mean squares
+    and allow no ulp. What a whole loop comes to in the end, the latents' error of both at the size
+    where it is largest, is the "drift". Raises ExportError, naming the worst tensor, where an error
+    is above what is allowed or not a number.
     """
     tried = sizes_to_try(axes, engine.pipeline.size_unit)
     engines = (engine, exported) if low is None else (engine, exported, low)
@@ -91,7 +95,7 @@ def check(
         generator = torch.Generator().manual_seed(seed)
         with torch.inference_mode():
             for part, tensor, (exact, *others) in _results(engines, sizes, generator):
-                mean = low is not None and part in ("loop", "drift")
+                mean = low is not None and part in (*in_mean, "drift")
                 each = [_error(other, exact, mean) for other in others]
                 errors.setdefault((part, tensor), []).append(each)
     drifts = errors.pop(("drift", "latents"), [])
@@ -99,7 +103,7 @@ def check(
     for (part, tensor), found in errors.items():
         allowed = TOLERANCE
         if low is not None:
-            ulp = 0.0 if part == "loop" else ULP[low.pipeline.transformer.dtype]
+            ulp = 0.0 if part in in_mean else ULP[low.pipeline.transformer.dtype]
             allowed = 2 * max(each[1] for each in found) + 2 * ulp
         largest = max(range(len(found)), key=lambda i: found[i][0])
         finding = Finding(part, tensor, found[largest][0], allowed, tried[largest])
@@ -111,7 +115,7 @@ def check(
     )
     if bad.share > 1 or math.isinf(bad.error):
         where = ", ".join(f"{name} {size}" for name, size in bad.sizes.items())
-        size = "largest value" if low is None or bad.part != "loop" else "root mean square"
+        size = "largest value" if low is None or bad.part not in in_mean else "root mean square"
         raise ExportError(
             f"{bad.part} differs from the Engine: {bad.tensor} by {bad.error:.2g} of its {size} at"
             f" {where}; allowed: {bad.allowed:.2g}"

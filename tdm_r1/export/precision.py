@@ -1,8 +1,14 @@
-"""Models in half precision, and the gate of their graphs.
+"""Models in half precision, or in fp8 beside bf16, and the gate of their graphs.
 
 The gate has two parts. Without rounding, a graph must agree with the Engine in fp32 on the same
 (rounded) weights to the fp32 tolerance: the wiring is right. With it, its error against that Engine
 may be twice that of the Engine in half precision, plus 2 ulp: DESIGN.md's rule for fast kernels.
+
+In fp8 the Engine in half precision is one whose linears round by the very scales of the graph
+(`static_fp8.emulated`), and the weights are the rounded ones. Steps are held to it in the mean of
+squares: the largest error is that of a few values that fell to the other side, 6 % away. What two
+such roundings differ in is as large as what they err by, so this does not tell one scale from its
+double: `check_pairs` reads the scales from the file.
 
 In fp16 the largest number is 65504, and models overflow it: Z-Image's feed-forward reaches 6e4. The
 first part of the gate therefore measures every value that would be fp16, and refuses the export
@@ -26,28 +32,37 @@ from tdm_r1.export.emulation import Watched, write_rounded, write_wide
 from tdm_r1.export.graphs import Axes
 from tdm_r1.export.parity import check, encoders
 from tdm_r1.exported.loading import assemble, open_parts
-from tdm_r1.exported.manifest import DTYPES, Manifest
+from tdm_r1.exported.manifest import DTYPES, PRECISIONS, Manifest
 from tdm_r1.pipeline import Pipeline, load_pipeline
 from tdm_r1.vae import VAE
 
 HEADROOM = 2.0  # other prompts reach further than the gate's few
 
 
-def check_precision(precision: str) -> None:
-    """Raise ConfigError unless `precision` is one of DTYPES."""
-    if precision not in DTYPES:
-        allowed = ", ".join(DTYPES)
-        hint = closest(precision, DTYPES)
+def check_precision(
+    precision: str, calibration: str | Path | None = None, refit: bool = False
+) -> None:
+    """Raise ConfigError unless `precision` is one of PRECISIONS and goes with the options."""
+    if precision not in PRECISIONS:
+        allowed = ", ".join(PRECISIONS)
+        hint = closest(precision, PRECISIONS)
         raise ConfigError(f"--precision is {precision!r}; allowed: {allowed}.{hint}")
+    if calibration is not None and precision != "fp8":
+        raise ConfigError("--calibration goes with --precision fp8")
+    if refit and precision == "fp8":
+        raise ConfigError(
+            "--refit does not go with --precision fp8: the scales are measured on the weights as"
+            " they are exported; export again with another --lora"
+        )
 
 
 def load_low(model: str | Path, lora: str | Path | None, precision: str) -> Pipeline:
-    """Load `model` on the CPU in bf16 or fp16, its LoRA merged before it is rounded.
+    """Load `model` on the CPU in bf16, also for fp8, or fp16; its LoRA is merged before rounding.
 
     The Engine knows no fp16: there the fp32 model is cast. Buffers outside of the transformer stay
     fp32, since they hold angles.
     """
-    if precision == "bf16":
+    if precision in ("bf16", "fp8"):
         return load_pipeline(model, lora=lora, device="cpu", dtype="bfloat16")
     dtype = DTYPES[precision]
     pipeline = load_pipeline(model, lora=lora, device="cpu", dtype="float32")
@@ -74,7 +89,7 @@ def check_low(
 
     `exact` computes in fp32 on the weights of `low`. Raises ExportError, naming the tensor, for an
     error above what is allowed, and naming node and module for a value too large for fp16. ONNX
-    Runtime runs the fp16 graph itself, and of a bf16 graph the rounded form.
+    Runtime runs the fp16 graph itself, and of any other the rounded form.
     """
     files = {name: root / graph["file"] for name, graph in manifest.graphs.items()}
     spare = {name: path.with_suffix(".rewritten.onnx") for name, path in files.items()}
@@ -96,7 +111,8 @@ def check_low(
                 graphs[name] = {**manifest.graphs[name], "file": spare[name].name}
             opened = open_parts(root, replace(manifest, graphs=graphs))
         exported = Engine(opened, steps=steps, solver=solver)
-        measured["rounded"] = check(exact, exported, axes, low)
+        in_mean = ("loop", "transformer") if manifest.precision == "fp8" else ("loop",)
+        measured["rounded"] = check(exact, exported, axes, low, in_mean)
     finally:
         for path in spare.values():
             path.unlink(missing_ok=True)

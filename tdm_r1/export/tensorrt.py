@@ -37,6 +37,7 @@ from tdm_r1.exported.tensorrt import (
 
 REPORT_EVERY = 30.0  # seconds
 CAPABILITIES = ("8.9", "12.0")
+FP8_FROM = (8, 9)  # the first compute capability whose tensor cores multiply e4m3
 Say = Callable[[str], None]
 Profile = dict[str, list[list[int]]]
 
@@ -77,10 +78,11 @@ class Target:
         members = self.load().ComputeCapability.__members__.items()
         return {f"{name[2:-1]}.{name[-1]}": value for name, value in members if name[:2] == "SM"}
 
-    def check(self) -> None:
+    def check(self, precision: str = "fp32") -> None:
         """Raise ConfigError for what cannot be built for, or when a package is not installed.
 
-        With `refit`, a network of one product is built to see: TensorRT-RTX 1.7 needs a GPU for it.
+        With graphs in `precision` fp8 that is a compute capability below 8.9, and plugins. With
+        `refit`, a network of one product is built to see: TensorRT-RTX 1.7 needs a GPU for it.
         """
         if self.runtime not in RUNTIMES:
             allowed = ", ".join(map(repr, RUNTIMES))
@@ -89,6 +91,11 @@ class Target:
             raise ConfigError(
                 f"--plugins goes with --runtime {TENSORRT}: {LIBRARIES[self.runtime]} takes no"
                 " kernels of ours"
+            )
+        if self.plugins and precision == "fp8":
+            raise ConfigError(
+                "--plugins does not go with --precision fp8: our kernels give bf16, which others"
+                " would then have to read again and round; leave out one of the two"
             )
         self.load()
         if self.runtime == TENSORRT and not torch.cuda.is_available():
@@ -100,6 +107,8 @@ class Target:
             import_plugins()
             check_kernels()
         self._check_capabilities()
+        if precision == "fp8":
+            self._check_fp8()
         if self.refit and (reason := _refuses_refit(self)):
             raise ConfigError(
                 f"--refit: {self.library} builds no engine here whose weights can be replaced"
@@ -119,6 +128,16 @@ class Target:
                 )
         if len(set(chosen)) < len(chosen):
             raise ConfigError(f"--compute-capability is {' '.join(chosen)}; allowed: each once")
+
+    def _check_fp8(self) -> None:
+        able = [name for name in self.known_capabilities() if _number(name) >= FP8_FROM]
+        for name in self.capabilities:
+            if name not in able:
+                allowed = ", ".join(able) or "none here"
+                raise ConfigError(
+                    f"--compute-capability is {name!r}, whose GPUs multiply no fp8; allowed with"
+                    f" --precision fp8: {allowed}"
+                )
 
 
 def build_engines(
@@ -227,6 +246,10 @@ def _build(
         reason = (logger.errors or ["no reason given"])[0]
         raise ExportError(f"{graph.stem}: {library} cannot build the engine: {reason}")
     return plan, {kind: dict(counts) for kind, counts in kinds.items()}, logger.layers
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
 
 
 def _flags(trt: Any, *, plugins: bool) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdm_r1.errors import ConfigError
-from tdm_r1.exported.manifest import NAME, Manifest, read_manifest
+from tdm_r1.exported.manifest import ENGINES_ONLY, NAME, Manifest, read_manifest
 from tdm_r1.exported.plan import open_plans
 from tdm_r1.exported.session import Session
 from tdm_r1.exported.tensorrt import RUNTIMES, device_of_engines
@@ -59,10 +59,10 @@ def load_exported(
         return assemble(root, manifest, open_plans(root, manifest, backend, gpu), gpu)
     if device not in ("auto", "cpu", CPU):
         raise ConfigError(f"device is {str(device)!r}; allowed with backend='onnx': 'auto', 'cpu'")
-    if manifest.precision == "bf16":
+    if manifest.precision in ENGINES_ONLY:
         raise ConfigError(
-            f"{root} is in bf16, whose matrices ONNX Runtime does not multiply on a CPU;"
-            " `tdm-r1-export --precision fp32` makes graphs that it runs"
+            f"{root} is in {manifest.precision}, whose matrices ONNX Runtime does not multiply on a"
+            " CPU; `tdm-r1-export --precision fp32` makes graphs that it runs"
         )
     return open_parts(root, manifest)
 

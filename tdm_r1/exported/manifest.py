@@ -20,10 +20,12 @@ from tdm_r1.files import sha256
 from tdm_r1.models.loading import read_json
 
 NAME = "export.json"
-FORMAT = 2
+FORMAT = 3
 REFIT = "refit.safetensors"  # the unmerged weights, in an export whose LoRA can be changed
 TENSORRT_RTX = "tensorrt-rtx"  # the runtime of the engines
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by precision
+PRECISIONS = (*DTYPES, "fp8")  # the last is bf16 with products of e4m3
+ENGINES_ONLY = ("bf16", "fp8")  # what ONNX Runtime does not multiply on a CPU
 OPTIONS = {"batch": "--batch", "height": "--heights", "width": "--widths", "text": "--text"}
 
 
@@ -41,7 +43,9 @@ class Manifest:
         lowest, the typical and the highest shape, the weights: initializer -> the weight of the
         model that it holds, and whether transposed; and the ops that are plugins, by name, with
         their constants and the number of their nodes. files: path -> sha256.
-    precision: "fp32", "bf16" or "fp16", of weights and products; inputs and outputs are fp32.
+    precision: "fp32", "bf16" or "fp16", of weights and products, or "fp8", e4m3 in some products of
+        the transformer and otherwise bf16; inputs and outputs are fp32.
+    fp8: None, or the layers in e4m3 and what was measured of all, as `Static.to_dict` has it.
     source: file of the model -> sha256. parity: what the gate measured, in half precision without
         rounding, with it under "rounded" beside the drift of a whole loop and the Engine's, and of
         each graph the largest value that is not fp32.
@@ -66,6 +70,7 @@ class Manifest:
     source: dict[str, str]
     versions: dict[str, str]
     parity: dict[str, Any]
+    fp8: dict[str, Any] | None
     engines: dict[str, Any] | None
 
     @property

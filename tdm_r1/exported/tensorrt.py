@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tdm_r1.errors import ConfigError
-from tdm_r1.exported.manifest import OPTIONS, TENSORRT_RTX, Manifest
+from tdm_r1.exported.manifest import ENGINES_ONLY, OPTIONS, TENSORRT_RTX, Manifest
 from tdm_r1.models.lora_files import WEIGHTS_NAME
 from tdm_r1.pipeline import SHIPPED, resolve_device
 
@@ -91,7 +91,9 @@ def device_of_engines(
             f"backend is {runtime!r}; the engines of {root} are for {engines['runtime']!r}"
         )
     if not torch.cuda.is_available():
-        instead = "" if manifest.precision == "bf16" else "; backend='onnx' runs it on the CPU"
+        instead = (
+            "" if manifest.precision in ENGINES_ONLY else "; backend='onnx' runs it on the CPU"
+        )
         raise ConfigError(f"{runtime} needs a CUDA GPU, and this machine has none{instead}")
     found = resolve_device(device)
     if found.type != "cuda":
@@ -137,6 +139,8 @@ def rebuild_command(
     for name in ("height", "width", "text"):
         words += [OPTIONS[name], *axes[name]]
     words += ["--trt", "--runtime", runtime, "--precision", manifest.precision]
+    if manifest.fp8 is not None and manifest.fp8["report"] is not None:
+        words += ["--calibration", manifest.fp8["report"]]
     words += ["--refit"] if manifest.refittable else []
     has_plugins = any(graph.get("plugins") for graph in manifest.graphs.values())
     words += ["--plugins"] if has_plugins and runtime == TENSORRT else []

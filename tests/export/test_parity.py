@@ -64,6 +64,10 @@ def test_the_largest_error_stands_against_the_largest(sd3_dir, monkeypatch):
     message = "last step by 0.07 of its largest value .*allowed: 0.068"
     with pytest.raises(ExportError, match=message):
         parity.check(engine, engine, AXES, engine)
+    drawn = [(0.07, 0.01), *errors[1:]]
+    message = "last step by 0.07 of its root mean square .*allowed: 0.06$"
+    with pytest.raises(ExportError, match=message):
+        parity.check(engine, engine, AXES, engine, ("transformer",))
 
 
 class TestFaults:

@@ -49,6 +49,7 @@ def small_manifest(**changes) -> Manifest:
         "schedule": flow.schedule("euler", 4, 3.0),
         "axes": {"batch": (1, 3), "height": (32, 96), "width": (48, 64), "text": (2, 77)},
         **dict.fromkeys(("graphs", "files", "source", "versions", "parity"), {}),
+        "fp8": None,
         "engines": ENGINES,
     }
     return Manifest(**{**values, **changes})
