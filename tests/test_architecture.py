@@ -16,7 +16,7 @@ MAX_LINES = 400
 LAYERS = (
     {"errors"},
     {"schema"},
-    {"config", "files", "flow", "graphs"},
+    {"config", "recipe_checks", "files", "flow", "graphs"},
     {"geneval", "shapes", "signs", "prompts", "rewards"},
     {"models"},
     {"text", "vae"},
