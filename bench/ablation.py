@@ -4,8 +4,8 @@
                              [--jobs 1] [--output runs/ablation] [--resume | --aggregate] [--write]
 
 Every variant of `bench/ablation_variants.py` starts from the same weights, draws as many pictures
-in as many iterations of the recipe `tiny-sd3-shapes`, whose cosines end at 0 with the last, and is
-scored once, on the recipe's held-out captions and noise: the strict reward of the families that it
+in as many iterations of `bench/shapes.yaml`, whose cosines end at 0 with the last, and is scored
+once, on the recipe's held-out captions and noise: the strict reward of the families that it
 trains on and of those that it does not. Each (variant, seed) is a process of its own and leaves one
 JSON file in --output when it ends: --resume makes only the runs that have none, --aggregate makes
 none. The plot goes to --output; --write puts it and the result into a folder, by default

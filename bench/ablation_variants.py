@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tdm_r1.training.losses import Metrics
     from tdm_r1.training.trainer import Trainer
 
-RECIPE = "tiny-sd3-shapes"
+RECIPE = "bench/shapes.yaml"
 
 
 class PreferenceAlone(Tdm):

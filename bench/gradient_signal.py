@@ -1,6 +1,6 @@
 """How much of the surrogate's first gradient is signal, by noise level?
 
-    python -m bench.gradient_signal [--recipe tiny-sd3-shapes] [--prompts 384] [--output FILE]
+    python -m bench.gradient_signal [--recipe bench/shapes.yaml] [--prompts 384] [--output FILE]
 
 Two disjoint sets of rollouts give two gradients of the surrogate's loss, with levels from one range
 alone. Each is signal plus noise of its own sample, so their cosine is c = S / (S + N/n): the share
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--recipe", default="tiny-sd3-shapes")
+    parser.add_argument("--recipe", default="bench/shapes.yaml")
     parser.add_argument("--prompts", type=int, default=384, help="of both sets together")
     parser.add_argument("--set", action="append", default=[], help="a key of the recipe: a.b=value")
     parser.add_argument("--threads", type=int, default=2)

@@ -48,7 +48,7 @@ def make_recipe(model: str, prompts: int, group: int, micro_groups: int, output:
         "rollout.group_size": group,
         "rollout.micro_groups": micro_groups,
     }
-    return load_recipe("tiny-sd3-shapes", [f"{key}={value}" for key, value in values.items()])
+    return load_recipe("bench/shapes.yaml", [f"{key}={value}" for key, value in values.items()])
 
 
 def check(trainer: Trainer, baseline: Baseline) -> float:

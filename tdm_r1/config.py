@@ -105,7 +105,7 @@ class Distillation:
     """Few-step distribution matching. `boundaries` of the K steps are trained per iteration.
 
     `critic_warmup`: iterations at the start in which only the generator's critics learn, the fake
-    score and the surrogate, from what the generator draws as it is.
+    score and the surrogate, from what the generator draws.
     """
 
     boundaries: int = 2
@@ -121,7 +121,10 @@ class Reinforcement:
     """The surrogate reward and its pull on the generator, `rl_weight` times (published: 0.7).
 
     `judged`: the surrogate learns from every state of a "trajectory", as published, or from "final"
-    pictures alone, whose velocity target has no noise of the earlier states.
+    pictures alone, whose velocity target has no noise of the earlier states. `transfer`: the share
+    of every change of the surrogate's weights that the generator's take over at once, also while it
+    waits (task arithmetic, arXiv 2212.04089). Both come from one base, and the pull alone takes
+    many iterations to say as much.
     """
 
     tdm_weight: float = 0.3
@@ -137,6 +140,7 @@ class Reinforcement:
     reference: str = "frozen"
     reference_decay: float = 0.95
     judged: str = "trajectory"
+    transfer: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,12 @@ def validate(recipe: Recipe) -> Recipe:
             "zero_stage 3 needs roles.kind 'full' and compile false, for it cuts weights, and "
             f"adapters are small; got {found}: set zero_stage to 0, 1 or 2"
         )
+    found = (recipe.roles.kind, recipe.zero_stage)
+    if recipe.reinforcement.transfer and found != ("full", 0):
+        raise ConfigError(
+            "reinforcement.transfer adds weights of the surrogate to the generator's, which needs "
+            f"roles.kind 'full' and zero_stage 0; got {found[0]!r} and {found[1]}"
+        )
     for name in recipe.report_to:
         _choice("report_to", name, TRACKERS)
     if recipe.evaluation.guard and (recipe.method != "tdm_r1" or not recipe.evaluation.every):

@@ -69,6 +69,22 @@ def test_overrides_are_typed(tmp_path):
         ({}, ["model.x=1"], "'model' is not a group of keys"),
         ({"method": "tdm_r1", "rollout": {"group_size": 1}}, [], "group_size must be at least 2"),
         ({"distillation": {"boundaries": 9}}, [], "boundaries must be from 1 to rollout.steps = 4"),
+        (
+            {"method": "tdm", "iterations": 3, "distillation": {"critic_warmup": 3}},
+            [],
+            "must be from 0 to 2.*got 3",
+        ),
+        (
+            {"method": "sft", "distillation": {"critic_warmup": 1}},
+            [],
+            "critic_warmup must be from 0 to 0.*method sft",
+        ),
+        ({"reinforcement": {"transfer": 0.5}}, [], "kind 'full' and .* 0; got 'lora' and 0"),
+        (
+            {"reinforcement": {"transfer": 0.5}, "roles": {"kind": "full"}, "zero_stage": 1},
+            [],
+            "transfer adds .*got 'full' and 1",
+        ),
     ],
 )
 def test_bad_recipes_are_refused(values, overrides, message, tmp_path):

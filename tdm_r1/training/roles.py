@@ -193,3 +193,20 @@ def follow(copy_: Role, origin: Role, rate: float) -> None:
             mine.copy_(towards)
         else:
             mine.lerp_(towards, rate)
+
+
+@contextmanager
+def transferred(origin: Role, target: Role, share: float) -> Iterator[None]:
+    """target <- target + share (origin after - origin before), once what is inside has ended well.
+
+    Both are whole transformers, nothing of them cut. An error inside leaves `target` alone.
+    """
+    if not share:
+        yield
+        return
+    before = {name: tensor.detach().clone() for name, tensor in origin.tensors().items()}
+    yield
+    tensors = target.tensors()
+    with torch.no_grad():
+        for name, tensor in origin.tensors().items():
+            tensors[name].add_(tensor - before[name], alpha=share)

@@ -24,7 +24,7 @@ from tdm_r1.training import distributed
 from tdm_r1.training.clock import Clock
 from tdm_r1.training.losses import Metrics, fake_loss, generator_loss, surrogate_loss, tdm_loss
 from tdm_r1.training.queries import Noised, Pull, Query, Source, ask, draw_boundaries, pull_law
-from tdm_r1.training.roles import TRAINED, follow
+from tdm_r1.training.roles import TRAINED, follow, transferred
 from tdm_r1.training.rollout import Batch, coins, renoised, roll_out, score_batches
 
 if TYPE_CHECKING:
@@ -133,9 +133,13 @@ class Tdm:
             for slot, (k, j) in enumerate(pairs):
                 for name, value in self._backward(iteration, batch, k, j, slot).items():
                     sums.setdefault(name, []).append(value)
-        self._step()
         if self.reinforced:
+            judge, generator = (self.trainer.roles[name] for name in (self.judge, "generator"))
+            with transferred(judge, generator, self.recipe.reinforcement.transfer):
+                self._step()
             self._follow_judge(iteration)
+        else:
+            self._step()
         return _means(sums)
 
     def _generator_waits(self, iteration: int) -> bool:

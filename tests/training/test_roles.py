@@ -6,7 +6,7 @@ import torch
 from tdm_r1.config import Roles
 from tdm_r1.models import lora
 from tdm_r1.models.loading import load_transformer
-from tdm_r1.training.roles import build_roles, follow
+from tdm_r1.training.roles import build_roles, follow, transferred
 from tests.training.common import condition
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -103,3 +103,27 @@ def test_a_few_step_lora_for_other_modules_is_refused(sd3_dir):
     few_step.pop(next(iter(few_step)))
     with pytest.raises(ValueError, match="cover different modules"):
         build(sd3_dir, "lora", few_step)
+
+
+def test_a_share_of_a_change_is_transferred_unless_what_made_it_fails(sd3_dir):
+    roles = build(sd3_dir, "full")
+    origin, target = roles["surrogate"], roles["generator"]
+    starts = {name: tensor.detach().clone() for name, tensor in target.tensors().items()}
+
+    def move():
+        with torch.no_grad():
+            for index, tensor in enumerate(origin.tensors().values()):
+                tensor.add_(0.5 + index)
+
+    with transferred(origin, target, 0.25):
+        move()
+        assert all(torch.equal(tensor, starts[name]) for name, tensor in target.tensors().items())
+    for index, (name, tensor) in enumerate(target.tensors().items()):
+        torch.testing.assert_close(tensor, starts[name] + 0.25 * (0.5 + index))
+
+    moved = {name: tensor.detach().clone() for name, tensor in target.tensors().items()}
+    with pytest.raises(RuntimeError, match="no step"), transferred(origin, target, 0.25):
+        raise RuntimeError("no step")
+    with transferred(origin, target, 0.0):
+        move()
+    assert all(torch.equal(tensor, moved[name]) for name, tensor in target.tensors().items())

@@ -181,6 +181,32 @@ def test_the_generator_waits_while_its_critics_warm_up(method, tmp_path, sd3_dir
     assert hashes(resumed) == hashes(whole)
 
 
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_a_transfer_adds_what_the_surrogate_has_learnt(warmup, tmp_path, sd3_dir, bright):
+    def run(folder, share):
+        values = {
+            "roles": {"kind": "full"},
+            "reward": bright,
+            "iterations": 3,
+            "distillation": {"critic_warmup": warmup},
+            "reinforcement": {"transfer": share},
+        }
+        trainer = Trainer(recipe(tmp_path / folder, sd3_dir, **values))
+        trainer.method.step(0)
+        return {name: role.tensors() for name, role in trainer.roles.items()}
+
+    found, without = run("a", 0.5), run("b", 0.0)
+    largest = 0.0
+    for name, tensor in found["generator"].items():
+        change = (found["surrogate"][name] - found["base"][name]).detach()
+        added = (tensor - without["generator"][name]).detach()
+        torch.testing.assert_close(added, 0.5 * change, rtol=1e-3, atol=1e-7)
+        largest = max(largest, change.abs().max().item())
+    assert largest > 1e-5
+    still = all(torch.equal(t, without["base"][name]) for name, t in without["generator"].items())
+    assert still == (warmup > 0)
+
+
 @pytest.fixture
 def two_and_one(tmp_path, sd3_dir, bright):
     """The recipe of a run in shares: done by two ranks, into `two`, and by one, into `one`."""

@@ -80,7 +80,7 @@ found = {{}}
 for stage in (2, 3):
     run = Trainer(load_recipe("tiny-sd3-shapes", [
         f"output={folder}/{{stage}}", f"zero_stage={{stage}}", "optimizers.fake.name=adamw",
-        "optimizers.fake.clip=0",
+        "optimizers.fake.clip=0", "reinforcement.transfer=0", "distillation.critic_warmup=0",
         "rollout.num_prompts=2", "rollout.group_size=2", "rollout.micro_groups=1",
     ]))
     start = {{name: run.roles[name].sha256() for name in run.engines}}
