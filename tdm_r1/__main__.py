@@ -86,7 +86,7 @@ def _add_demo(commands) -> None:
     )
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="change the recipe tiny-sd3-shapes, e.g. --set iterations=20",
+        help="change the recipe tiny-sd3-shapes, e.g. --set iterations=60",
     )  # fmt: skip
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.set_defaults(run=_demo)

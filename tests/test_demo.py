@@ -49,7 +49,13 @@ def test_comparison_marks_right_and_wrong():
 @pytest.mark.skipif(not (ASSETS / "tiny-sd3").is_dir(), reason="the shipped tiny-sd3 is not there")
 def test_demo_in_miniature(tmp_path):
     out = tmp_path / "demo"
-    small = ["iterations=1", f"output={out}", "evaluation.num_prompts=6", "rollout.num_prompts=3"]
+    small = [
+        "iterations=1",
+        "distillation.critic_warmup=0",
+        f"output={out}",
+        "evaluation.num_prompts=6",
+        "rollout.num_prompts=3",
+    ]
     demo.run([*small, "rollout.group_size=2", "rollout.micro_groups=3"])
     summary = json.loads((out / "summary.json").read_text())
     assert summary["num_prompts"] == 6

@@ -42,7 +42,7 @@ def test_ranks_must_agree(recipe, monkeypatch):
     [
         ({"model": "tiny-zimage"}, "with model 'tiny-sd3', this is 'tiny-zimage'"),
         ({"seed": 4}, "with seed 0, this is 4"),
-        ({"reward": "ocr"}, "with reward 'shapes', this is 'ocr'"),
+        ({"reward": "ocr"}, "with reward 'shapes:strict', this is 'ocr'"),
         ({"roles": Roles(kind="lora")}, "with roles.kind 'full', this is 'lora'"),
     ],
 )
