@@ -41,11 +41,11 @@ def validate(recipe: Recipe) -> Recipe:
             "zero_stage 3 needs roles.kind 'full' and compile false, for it cuts weights, and "
             f"adapters are small; got {found}: set zero_stage to 0, 1 or 2"
         )
-    found = (recipe.roles.kind, recipe.zero_stage)
-    if recipe.reinforcement.transfer and found != ("full", 0):
+    whole = recipe.roles.kind == "full" and recipe.zero_stage == 0
+    if recipe.reinforcement.transfer and not whole:
         raise ConfigError(
             "reinforcement.transfer adds weights of the surrogate to the generator's, which needs "
-            f"roles.kind 'full' and zero_stage 0; got {found[0]!r} and {found[1]}"
+            f"roles.kind 'full' and zero_stage 0; got {recipe.roles.kind!r} and {recipe.zero_stage}"
         )
     for name in recipe.report_to:
         _choice("report_to", name, TRACKERS)
