@@ -15,6 +15,8 @@ from torch import Tensor
 SMALLEST_SCALE = 2.0**-126
 # What both sides of a weight are multiples of: tensor cores ask for it.
 MULTIPLES = {torch.float8_e4m3fn: 16, torch.int8: 8}
+# The first compute capability whose tensor cores multiply e4m3.
+E4M3_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 
 from tdm_kernels import int8, native, native_cuda, reference, reference_fp8
 from tdm_kernels.layout import ATTENTION_HEAD_DIMS
+from tdm_kernels.quantized import E4M3_CAPABILITY
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def _triton_fp8(target: Target) -> str:
     if not torch.cuda.is_available():
         return "needs a CUDA device that is here, to read its compute capability"
     major, minor = torch.cuda.get_device_capability(target.device)
-    if (major, minor) < (8, 9):
+    if (major, minor) < E4M3_CAPABILITY:
         return f"needs compute capability 8.9 for e4m3, not {major}.{minor}"
     return ""
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from tdm_r1.errors import ConfigError, report
 
+_WRITING = ("output", "lora", "calibration", "refit", "trt")  # options that a dry run lacks
+
 
 def main(argv: list[str] | None = None) -> int:
     """Export one model; returns the exit status instead of raising."""
@@ -108,9 +110,6 @@ def _export(arguments: argparse.Namespace) -> int:
     )
     print(arguments.output)
     return 0
-
-
-_WRITING = ("output", "lora", "calibration", "refit", "trt")  # options that a dry run lacks
 
 
 def _dry_run(arguments: argparse.Namespace, axes: dict[str, tuple[int, int]]) -> int:

@@ -29,7 +29,7 @@ from tdm_r1.models.packing import Packable
 from tdm_r1.models.sd3_blocks import JointAttention
 from tdm_r1.pipeline import Pipeline
 
-E4M3_MAX = 448.0
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 HEADROOM = 2.0  # over the largest value measured: other prompts reach further
 SEEDS = (1, 2, 3)  # of the noise whose trajectories are measured; errors are told of that of seed 0
 

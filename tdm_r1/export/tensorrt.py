@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tdm_kernels.quantized import E4M3_CAPABILITY
 
 from tdm_r1.errors import ConfigError, ExportError
 from tdm_r1.export.inspection import fused_layers
@@ -37,7 +38,6 @@ from tdm_r1.exported.tensorrt import (
 
 REPORT_EVERY = 30.0  # seconds
 CAPABILITIES = ("8.9", "12.0")
-FP8_FROM = (8, 9)  # the first compute capability whose tensor cores multiply e4m3
 Say = Callable[[str], None]
 Profile = dict[str, list[list[int]]]
 
@@ -130,7 +130,7 @@ class Target:
             raise ConfigError(f"--compute-capability is {' '.join(chosen)}; allowed: each once")
 
     def _check_fp8(self) -> None:
-        able = [name for name in self.known_capabilities() if _number(name) >= FP8_FROM]
+        able = [name for name in self.known_capabilities() if _number(name) >= E4M3_CAPABILITY]
         for name in self.capabilities:
             if name not in able:
                 allowed = ", ".join(able) or "none here"

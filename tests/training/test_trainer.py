@@ -164,12 +164,12 @@ def test_the_generator_waits_while_its_critics_warm_up(method, tmp_path, sd3_dir
     assert ["generator_loss" in line for line in steps] == [False, False, True]
     assert ["grad_norm_generator" in line for line in steps] == [False, False, True]
     assert all("grad_norm_fake" in line for line in steps)
-    start, waited, moved = (
-        checkpoint.load_checkpoint(tmp_path / f"b/run/checkpoint-{n:06d}")[0]["generator"]
-        if n
-        else trainer.roles["generator"].tensors()
-        for n in (0, 2, 3)
-    )
+
+    def saved(iteration):
+        folder = tmp_path / f"b/run/checkpoint-{iteration:06d}"
+        return checkpoint.load_checkpoint(folder)[0]["generator"]
+
+    start, waited, moved = trainer.roles["generator"].tensors(), saved(2), saved(3)
     assert all(torch.equal(tensor, waited[name]) for name, tensor in start.items())
     # Its rate starts where the wait ends: Adam's first step is the whole rate.
     steps_taken = [(moved[name] - waited[name]).abs().max() for name in moved]
