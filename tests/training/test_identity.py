@@ -21,7 +21,7 @@ def recipe():
 def test_every_setting_has_a_dotted_key(recipe):
     found = identity.values(recipe)
     assert found["optimizers.fake.betas"] == [0.0, 0.999]
-    assert found["prompts.families"] == ["counting", "position", "attribution"]
+    assert found["prompts.families"] == ["attribution"]
     fixed = [key for key in identity.FIXED + identity.FREE if key not in found]
     known = {name.split(".")[0] for name in found}
     assert set(fixed) <= known  # sections; nothing is misspelt
