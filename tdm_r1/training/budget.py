@@ -130,7 +130,7 @@ def phases(
         stacked = queries.STACKED if reinforced else 2
         asked = {"gathered": 2 * reinforced * whole["gathered"], "working": stacked * rows * query}
         found.append(Phase("ask", resident | asked))
-    if recipe.reinforcement.transfer:
+    if recipe.method == "tdm_r1" and recipe.reinforcement.transfer:
         found.append(Phase("transfer", resident | {"working": 4.0 * size.parameters}))
     return (*found, Phase("train", resident | whole | _graphs(recipe, size, rows, side)))
 

@@ -212,6 +212,16 @@ def test_forwards_of_every_method():
     assert sft == {"trained": 1.0, "backward": 1.0}
 
 
+def test_weights_are_transferred_by_reinforcement_alone():
+    made = load_recipe("tiny-sd3-shapes")
+
+    def names(recipe):
+        return [phase.name for phase in plan.make_plan(recipe).phases]
+
+    assert "transfer" in names(made)
+    assert "transfer" not in names(replace(made, method="tdm"))
+
+
 def test_what_does_not_fit_is_refused_with_the_key_to_change():
     made = load_recipe("sd35m-ocr-1gpu", ["memory.checkpoint_blocks=false"])
     planned = plan.make_plan(made)
