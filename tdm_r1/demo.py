@@ -69,6 +69,8 @@ def summarize(
         "families_after": after["families"],
         "held_out_before": before.get("held_out"),
         "held_out_after": after.get("held_out"),
+        "panel_before": before["panel"],
+        "panel_after": after["panel"],
         "num_prompts": after["num_prompts"],
         "num_distinct_prompts": after["num_distinct_prompts"],
         "training_reward": recipe.reward,

@@ -40,6 +40,7 @@ FAMILIES = ("single", "two", "counting", "colours", "position", "attribution", "
 _SUPERSAMPLE = 4
 _GRID = (12, 22, 32, 42, 52)  # pixels; centres lie on it in both directions
 _RADII = {1: (12, 15), 2: (10,), 3: (8,)}  # pixels, by the number of objects (3: or more)
+CLEAN = 0.9  # of the foreground lies in shapes, or a picture is not clean
 _MIN_AREA = 10  # pixels; smaller specks are anti-aliasing, not objects
 # Segment against template. A drawn shape has 0.94 or more, an autoencoder rounds its corners off: a
 # triangle's most, a circle has none. Below these a blob is a blob.
@@ -365,7 +366,7 @@ def check(
         clauses.append(
             float(any(holds(a.box, spec.relation, b.box) for a in first for b in second))
         )
-    strict = float(all(c == 1.0 for c in clauses) and clean > 0.9)
+    strict = float(all(c == 1.0 for c in clauses) and clean > CLEAN)
     return Verdict(strict, float(np.mean(clauses)) * clean, seen)
 
 

@@ -18,12 +18,14 @@ def test_summary_has_what_is_promised():
         "reward": 0.5,
         "interval": [0.4, 0.6],
         "families": {"two": 0.5},
+        "panel": {"held_out_reward": 0.8},
         "num_prompts": 256,
         "num_distinct_prompts": 41,
     }
     metrics = [{"iteration": i, "seconds": 2.0} for i in (1, 2)]
     summary = demo.summarize(recipe, {"before": end, "after": end}, 10.0, metrics)
     assert {"reward_before", "reward_after", "num_prompts", "seeds", "seconds"} <= set(summary)
+    assert summary["panel_before"] == summary["panel_after"] == {"held_out_reward": 0.8}
     per_iteration = recipe.rollout.num_prompts * recipe.rollout.group_size
     assert summary["images_per_second"] == pytest.approx(per_iteration / 2.0)
     assert recipe.evaluation.num_prompts >= 256

@@ -3,7 +3,7 @@
 A reward is any callable `fn(images, prompts) -> B numbers`. A recipe names it by a spec:
 
     spec := term ("+" term)*        term := [weight "*"] name | [weight "*"] built "(" options ")"
-    name := "shapes" | "shapes:strict" | "ocr" | "ocr:exact" | "jpeg" | built
+    name := "shapes" | "shapes:strict" | "shapes:clean" | "ocr" | "ocr:exact" | "jpeg" | built
           | path/to/file.py:callable
     built := "geneval" | "geneval:strict" | "remote"
     options := key "=" value ("," key "=" value)*
@@ -34,6 +34,7 @@ from tdm_r1.errors import ConfigError, RewardError, TdmError, closest
 _BUILTIN = {
     "shapes": ("shapes", "dense"),
     "shapes:strict": ("shapes", "strict"),
+    "shapes:clean": ("shapes", "clean"),
     "ocr": ("ocr", "contains"),
     "ocr:exact": ("ocr", "exact"),
     "jpeg": ("image", "jpeg"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from tdm_r1.shapes import Verdict, check
+from tdm_r1.shapes import CLEAN, Verdict, check, detect
 
 
 def dense(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
@@ -24,6 +24,16 @@ def strict(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]
     Raises ConfigError for a caption outside the embedded world.
     """
     return [verdict.strict for verdict in _verdicts(images, prompts)]
+
+
+def clean(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """1.0 where there are shapes, each of one colour, and nothing else, otherwise 0.0: B floats.
+
+    The captions are not read. What a few-step model leaves undecided, such as a square half red and
+    half yellow, is not clean.
+    """
+    found = [detect(np.asarray(image.convert("RGB"))) for image in images]
+    return [float(share > CLEAN and all(d.shape for d in segments)) for segments, share in found]
 
 
 def _verdicts(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Verdict]:

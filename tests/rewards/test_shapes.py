@@ -26,6 +26,19 @@ def test_a_true_picture_scores_one_and_a_blank_or_noisy_one_less(spec):
     assert spoilt_B.max() < 0.5
 
 
+def test_clean_reads_no_caption_and_wants_every_shape_of_one_colour():
+    reward, pictures = load_reward("shapes:clean"), _pictures()
+    assert score(reward, pictures, CAPTIONS[1:] + CAPTIONS[:1]).tolist() == [1.0] * len(CAPTIONS)
+    undecided = np.array(pictures[0])
+    rows, cols = (undecided.max(-1) - undecided.min(-1) > 70).nonzero()
+    colour = undecided[rows[0], cols[0]].tolist()
+    other = next(c for c in shapes.COLOURS.values() if list(c) != colour)
+    half = rows < rows.mean()
+    undecided[rows[half], cols[half]] = other
+    spoilt = [Image.fromarray(undecided), Image.new("RGB", (64, 64), "white")]
+    assert score(reward, spoilt, ["", ""]).tolist() == [0.0, 0.0]
+
+
 def test_strict_is_all_or_nothing_and_never_above_dense():
     pictures, captions = _pictures(), CAPTIONS[1:] + CAPTIONS[:1]  # each with another's caption
     strict_B = score(load_reward("shapes:strict"), pictures, captions)
