@@ -121,7 +121,8 @@ class Reinforcement:
     """The surrogate reward and its pull on the generator, `rl_weight` times (published: 0.7).
 
     `tdm_weight` is that of the teacher's guidance, and from step `trunc_steps` on, where nothing
-    pulls, of all of distillation; `method: tdm` has 1.
+    pulls, of all of distillation; `method: tdm` weighs both by 1.
+
     `judged`: the surrogate learns from every state of a "trajectory", as published, or from "final"
     pictures alone, whose velocity target has no noise of the earlier states. `transfer`: the share
     of every change of the surrogate's weights that the generator's take over at once, also while it

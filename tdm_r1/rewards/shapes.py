@@ -32,12 +32,13 @@ def clean(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
     The captions are not read. What a few-step model leaves undecided, such as a square half red and
     half yellow, is not clean.
     """
-    found = [detect(np.asarray(image.convert("RGB"))) for image in images]
+    found = [detect(_pixels(image)) for image in images]
     return [float(share > CLEAN and all(d.shape for d in segments)) for segments, share in found]
 
 
 def _verdicts(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Verdict]:
-    return [
-        check(prompt, np.asarray(image.convert("RGB")))
-        for image, prompt in zip(images, prompts, strict=True)
-    ]
+    return [check(prompt, _pixels(image)) for image, prompt in zip(images, prompts, strict=True)]
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))

@@ -104,6 +104,7 @@ def phases(
 ) -> tuple[Phase, ...]:
     """What is on one GPU in each phase of a run; evaluation is rank 0's alone."""
     memory, rows = recipe.memory, rows_per_step(recipe, gpus)
+    reinforced = recipe.method == "tdm_r1"
     always = _always(recipe, size, roles, gpus)
     text = {"text encoders": _frozen_width(recipe) * float(sum(size.text.values()))}
     scoring = {"VAE": _frozen_width(recipe) * float(size.vae), "reward": reward_bytes(recipe)}
@@ -121,16 +122,15 @@ def phases(
     if recipe.method != "sft":
         resident |= _stored(recipe, size, gpus, side)
         found.append(Phase("roll out", resident | whole | {"working": rows * query}))
-    if recipe.method == "tdm_r1":
+    if reinforced:
         decode = {"working": min(rows, pictures) * decoded}
         found.append(Phase("decode and score", resident | scoring | decode))
     resident |= {"gradients": _gradients(recipe, roles, gpus)}
     if recipe.method != "sft":
-        reinforced = recipe.method == "tdm_r1"
         stacked = queries.STACKED if reinforced else 2
         asked = {"gathered": 2 * reinforced * whole["gathered"], "working": stacked * rows * query}
         found.append(Phase("ask", resident | asked))
-    if recipe.method == "tdm_r1" and recipe.reinforcement.transfer:
+    if reinforced and recipe.reinforcement.transfer:
         found.append(Phase("transfer", resident | {"working": 4.0 * size.parameters}))
     return (*found, Phase("train", resident | whole | _graphs(recipe, size, rows, side)))
 

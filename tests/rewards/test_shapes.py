@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from tdm_r1 import shapes
 from tdm_r1.errors import ConfigError
@@ -29,13 +29,11 @@ def test_a_true_picture_scores_one_and_a_blank_or_noisy_one_less(spec):
 def test_clean_reads_no_caption_and_wants_every_shape_of_one_colour():
     reward, pictures = load_reward("shapes:clean"), _pictures()
     assert score(reward, pictures, CAPTIONS[1:] + CAPTIONS[:1]).tolist() == [1.0] * len(CAPTIONS)
-    undecided = np.array(pictures[0])
-    rows, cols = (undecided.max(-1) - undecided.min(-1) > 70).nonzero()
-    colour = undecided[rows[0], cols[0]].tolist()
-    other = next(c for c in shapes.COLOURS.values() if list(c) != colour)
-    half = rows < rows.mean()
-    undecided[rows[half], cols[half]] = other
-    spoilt = [Image.fromarray(undecided), Image.new("RGB", (64, 64), "white")]
+    blank = Image.new("RGB", (64, 64), "white")
+    spoilt = [blank.copy(), blank]
+    draw = ImageDraw.Draw(spoilt[0])
+    draw.pieslice((18, 18, 46, 46), 0, 180, fill=shapes.COLOURS["red"])
+    draw.pieslice((18, 18, 46, 46), 180, 360, fill=shapes.COLOURS["yellow"])
     assert score(reward, spoilt, ["", ""]).tolist() == [0.0, 0.0]
 
 
