@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -83,7 +82,7 @@ def renoise_velocity(x_b_BChw: Tensor, s_b: Level, s: Level, eps_BChw: Tensor) -
 
 
 def lowest_u(lower: float, shift: float, margin: float = 0.02) -> float:
-    """Return the lowest u that `sample_sigma` draws above the level `lower`: u(lower) + margin.
+    """Return the lowest u of `sigma_above`, for the level `lower`: u(lower) + margin.
 
     Raises:
         ValueError: lower is outside [0, 1), or the margin leaves nothing to draw from.
@@ -97,27 +96,26 @@ def lowest_u(lower: float, shift: float, margin: float = 0.02) -> float:
     return min(u_lower, 1.0)
 
 
-def sample_sigma(
+def sigma_above(
     lower: float,
     shift: float,
-    generator: torch.Generator,
-    shape: Sequence[int],
+    uniform: Tensor,
     margin: float = 0.02,
     upper: float | None = None,
 ) -> Tensor:
-    """Draw levels above `lower`: u uniform in [u(lower) + margin, 1], then s = shift_sigma(u).
+    """Levels above `lower` from numbers uniform in [0, 1), fp32, of any shape.
 
-    With `upper`, only those that would not be drawn above it: u in [u(lower), u(upper)] + margin.
-    Returns fp32 `shape` on the generator's device. Uniform in u, so that the shift alone decides
-    where levels crowd; the margin keeps b of `renoise` away from 0. Source: the authors' script.
+    u from u(lower) + margin to 1, then s = shift_sigma(u). With `upper`, only those that would not
+    be drawn above it: u in [u(lower), u(upper)] + margin. Uniform in u, so that the shift alone
+    decides where levels crowd; the margin keeps b of `renoise` away from 0. Source: the authors'
+    script.
 
     Raises:
         ValueError: lower or upper is outside [0, 1), or the margin leaves nothing to draw from.
     """
     u_lower = lowest_u(lower, shift, margin)
     u_upper = 1.0 if upper is None else lowest_u(upper, shift, margin)
-    u = torch.rand(tuple(shape), generator=generator, device=generator.device)
-    return shift_sigma(u_lower + (u_upper - u_lower) * u, shift)
+    return shift_sigma(u_lower + (u_upper - u_lower) * uniform, shift)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@ def randn(seed, *shape, dtype=torch.float64):
     return torch.randn(shape or SHAPE, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def uniform(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize("s", [0.25, torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)])
 def test_x0_eps_and_v_are_three_views_of_one_point(s):
     x0, eps = randn(0), randn(1)
@@ -93,7 +97,7 @@ def test_renoise_velocity_has_the_mean_of_eps_minus_x0_given_x_s(s_b, s):
 
 @pytest.mark.parametrize(("lower", "shift"), [(0.0, 3.0), (0.5, 3.0), (0.9, 3.0), (0.3, 1.0)])
 def test_levels_are_uniform_above_the_margin_before_the_shift(lower, shift):
-    s = flow.sample_sigma(lower, shift, torch.Generator().manual_seed(0), (20000,))
+    s = flow.sigma_above(lower, shift, uniform(20000))
     u = flow.unshift_sigma(s.double(), shift)
     u_low = flow.unshift_sigma(lower, shift) + 0.02
     assert s.dtype == torch.float32 and s.shape == (20000,)
@@ -103,23 +107,22 @@ def test_levels_are_uniform_above_the_margin_before_the_shift(lower, shift):
 
 
 def test_levels_of_two_intervals_are_those_above_the_lower_one():
-    below = flow.sample_sigma(0.3, 3.0, torch.Generator().manual_seed(0), (20000,), upper=0.6)
+    below = flow.sigma_above(0.3, 3.0, uniform(20000), upper=0.6)
     u = flow.unshift_sigma(below.double(), 3.0)
     low, high = (flow.lowest_u(s, 3.0) for s in (0.3, 0.6))
     assert u.min() >= low - 1e-6 and u.max() <= high + 1e-6
     deciles = torch.quantile((u - low) / (high - low), torch.linspace(0.1, 0.9, 9).double())
     assert (deciles - torch.linspace(0.1, 0.9, 9)).abs().max() < 0.02
     with pytest.raises(ValueError, match=r"lower = 1\.0 leaves no level"):
-        flow.sample_sigma(0.3, 3.0, torch.Generator(), (1,), upper=1.0)
+        flow.sigma_above(0.3, 3.0, uniform(1), upper=1.0)
 
 
-def test_levels_repeat_with_the_generator_and_take_any_shape():
-    draw = [
-        flow.sample_sigma(0.5, 3.0, torch.Generator().manual_seed(7), (2, 3), margin=0.1)
-        for _ in range(2)
-    ]
-    assert torch.equal(*draw) and draw[0].shape == (2, 3)
-    assert flow.unshift_sigma(draw[0], 3.0).min() >= flow.unshift_sigma(0.5, 3.0) + 0.1 - 1e-6
+def test_levels_take_any_shape_and_margin():
+    s = flow.sigma_above(0.5, 3.0, uniform(2, 3), margin=0.1)
+    assert s.shape == (2, 3)
+    ends = flow.sigma_above(0.5, 3.0, torch.tensor([0.0, 1.0]), margin=0.1)
+    assert flow.unshift_sigma(ends[0], 3.0) == pytest.approx(flow.unshift_sigma(0.5, 3.0) + 0.1)
+    assert ends[1] == 1
 
 
 @pytest.mark.parametrize("solver", flow.SOLVERS)
@@ -128,7 +131,7 @@ def test_levels_repeat_with_the_generator_and_take_any_shape():
 def test_every_boundary_of_every_grid_can_be_renoised(solver, steps, shift):
     x = randn(0, 1, 2, dtype=torch.float32)
     for boundary in flow.schedule(solver, steps, shift).sigmas[1:]:
-        s = flow.sample_sigma(boundary, shift, torch.Generator().manual_seed(0), (1,))
+        s = flow.sigma_above(boundary, shift, uniform(1))
         assert boundary < s <= 1
         assert flow.renoise_velocity(x, boundary, s, x).isfinite().all()
 
@@ -136,7 +139,7 @@ def test_every_boundary_of_every_grid_can_be_renoised(solver, steps, shift):
 @pytest.mark.parametrize("lower", [-0.1, 1.0, 0.999])
 def test_a_lower_level_without_room_above_it_is_refused(lower):
     with pytest.raises(ValueError, match=r"lower = .* leaves no level"):
-        flow.sample_sigma(lower, 3.0, torch.Generator(), (1,))
+        flow.sigma_above(lower, 3.0, uniform(1))
 
 
 def run_ours(schedule, x, velocities):

@@ -8,7 +8,7 @@ Here a row takes 7 to 10, and what is not trained of them runs in one or two bat
 1. The fake score's loss and the generator's distillation terms read one x_s. Their draws have one
    law, and the answers of generator, fake and base serve both: 10 forwards are left.
 2. The generator's reward term reads an x_r = renoise(x_{k+1}, s_r) that is drawn already, where
-   there is one. All levels are uniform in u (`flow.sample_sigma`), x_s's above a, x_r's above
+   there is one. All levels are uniform in u (`flow.sigma_above`), x_s's above a, x_r's above
    b >= a (from max(sigma_{k+1}, t_min)), the surrogate's above c (from t_min_reward). A law cut to
    an interval is uniform again, so that x_r may be put together, row by row, from
    - x_s where its u lies in [b, c). The base's answer serves twice: 9 forwards for this row;
@@ -18,7 +18,8 @@ Here a row takes 7 to 10, and what is not trained of them runs in one or two bat
    For j != k, or c < b, there is none above c: c = 1. `pull_law` has the shares. From trunc_steps
    on there is no reward term: 7. A moving reference adds one to each.
 3. j comes in proportion to j + 1, k uniformly, and no loss reads both: they are drawn to be equal
-   as often as these two laws allow, which makes c of 2 the surrogate's most of the time.
+   as often as these two laws allow, which makes c of 2 the surrogate's most of the time. Over the
+   micro-batches of an iteration the steps k come equally often (`deal_steps`).
 
 What is shared is a draw, never an expectation: every loss is a mean over samples (the surrogate's,
 over groups) of a function of its own (boundary, level, noise), whose law is unchanged: which source
@@ -91,7 +92,7 @@ class Pull(NamedTuple):
 class PullLaw(NamedTuple):
     """Of x_r: from x_s where low <= u < high, else its own with probability `own`, else judged.
 
-    lower, upper: of the levels that are its own, as `flow.sample_sigma` takes them. distil: the
+    lower, upper: of the levels that are its own, as `flow.sigma_above` takes them. distil: the
     probability that x_s is in the interval.
     """
 
@@ -142,17 +143,29 @@ def ask(engine: Engine, queries: Sequence[Query]) -> list[Tensor]:
     return [answers[index] for index in range(len(queries))]
 
 
+def deal_steps(rng: np.random.Generator, num_steps: int, count: int, micro_batch: int) -> list[int]:
+    """The `count` steps k of a micro-batch, by its number in the iteration: none twice.
+
+    rng: the same for every micro-batch of an iteration. They are dealt one random order of the K
+    steps, over and over: P(k) = 1/K for each, and over the iteration no step comes more than once
+    more often than another. Drawn independently, some iterations would never see the last step, and
+    optimizers without momentum would forget it.
+    """
+    order_K = rng.permutation(num_steps)
+    return [int(order_K[(micro_batch * count + i) % num_steps]) for i in range(count)]
+
+
 def draw_boundaries(
-    rng: np.random.Generator, num_steps: int, count: int, judged: str = "trajectory"
+    rng: np.random.Generator, steps: Sequence[int], num_steps: int, judged: str = "trajectory"
 ) -> list[tuple[int, int]]:
-    """`count` pairs (k, j): k without replacement, P(k) = 1/K; P(j) = (j + 1) / (1 + ... + K).
+    """A pair (k, j) for every step k: P(j) = (j + 1) / (1 + ... + K) where P(k) = 1/K.
 
     Where only "final" states are judged, j = K - 1. Within a pair P(j = k) is the largest that
     these laws allow: j = k with probability min(1, K P(j)), else j from what is left of its law.
     """
     p_K, rest_K = _laws(num_steps, judged)
     pairs = []
-    for k in rng.choice(num_steps, count, replace=False).tolist():
+    for k in steps:
         same = rng.random() < num_steps * p_K[k] or not rest_K.any()
         pairs.append((k, k if same else int(rng.choice(num_steps, p=rest_K / rest_K.sum()))))
     return pairs
@@ -212,7 +225,7 @@ def _laws(num_steps: int, judged: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _law(num_steps: int, judged: str) -> Iterator[tuple[int, int, float]]:
-    """(k, j, probability) of `draw_boundaries`."""
+    """(k, j, probability) of a boundary that is drawn."""
     p_K, rest_K = _laws(num_steps, judged)
     for k in range(num_steps):
         same = min(1.0, num_steps * p_K[k])

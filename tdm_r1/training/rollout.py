@@ -82,19 +82,28 @@ def renoised(
     shift: float,
     key: Sequence[int],
     shared: bool,
+    num_prompts: int,
     upper: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x_s [B,C,h,w], s_B, eps [B,C,h,w]) from the latents at `boundary` (0..K), s above `lower`.
 
-    shared: one s and one eps per group, so that its samples differ only by themselves. `upper`: as
-    in `flow.sample_sigma`.
+    shared: one s and one eps per group, so that its samples differ only by themselves. Every level
+    has the law of `flow.sigma_above` (`upper` too), and they are stratified: of the G of a group,
+    or of the shared ones of the P = num_prompts groups of an iteration, one lies in every G-th
+    (P-th) of the interval, so that no iteration dwells on high levels or on low ones.
     """
     x_b = batch.x[boundary]
     num, shape = (1 if shared else batch.group_size), x_b.shape[1:]
+    place_P = torch.randperm(num_prompts, generator=keyed_generator(*key))
     levels, noises = [], []
     for group in batch.group_ids:
-        generator = keyed_generator(*key, group)
-        levels.append(flow.sample_sigma(lower, shift, generator, (num,), upper=upper))
+        generator = keyed_generator(*key, 0, group)
+        uniform = torch.rand(num, generator=generator)
+        if shared:  # the groups of an iteration have consecutive ids
+            uniform = (place_P[group % num_prompts] + uniform) / num_prompts
+        else:
+            uniform = (torch.randperm(num, generator=generator) + uniform) / num
+        levels.append(flow.sigma_above(lower, shift, uniform, upper=upper))
         noises.append(torch.randn((num, *shape), generator=generator))
     times = batch.group_size if shared else 1
     s_B = torch.cat(levels).repeat_interleave(times).to(x_b.device)

@@ -23,7 +23,16 @@ from tdm_r1.prompts import PromptSampler, load_prompts
 from tdm_r1.training import distributed
 from tdm_r1.training.clock import Clock
 from tdm_r1.training.losses import Metrics, fake_loss, generator_loss, surrogate_loss, tdm_loss
-from tdm_r1.training.queries import Noised, Pull, Query, Source, ask, draw_boundaries, pull_law
+from tdm_r1.training.queries import (
+    Noised,
+    Pull,
+    Query,
+    Source,
+    ask,
+    deal_steps,
+    draw_boundaries,
+    pull_law,
+)
 from tdm_r1.training.roles import TRAINED, follow, transferred
 from tdm_r1.training.rollout import Batch, coins, renoised, roll_out, score_batches
 
@@ -31,7 +40,7 @@ if TYPE_CHECKING:
     from tdm_r1.training.trainer import Trainer
 
 # Purposes of random draws within an iteration.
-STEPS, DISTIL, PULL, SURROGATE = 1, 2, 3, 4
+STEPS, DISTIL, PULL, SURROGATE, JUDGED = 1, 2, 3, 4, 5
 
 
 class Tdm:
@@ -150,9 +159,12 @@ class Tdm:
 
         The same micro-batch meets the same steps however many ranks share the work.
         """
-        rng = np.random.default_rng((self.recipe.seed, iteration, STEPS, micro_batch))
+        key, num_steps = (self.recipe.seed, iteration), self.schedule.num_steps
         count, judged = self.recipe.distillation.boundaries, self.recipe.reinforcement.judged
-        return draw_boundaries(rng, self.schedule.num_steps, count, judged)
+        rng = np.random.default_rng((*key, STEPS))
+        steps = deal_steps(rng, num_steps, count, micro_batch)
+        rng = np.random.default_rng((*key, JUDGED, micro_batch))
+        return draw_boundaries(rng, steps, num_steps, judged)
 
     def _draw_inputs(
         self, iteration: int, batch: Batch, k: int, j: int, slot: int
@@ -328,6 +340,7 @@ class Tdm:
         return Noised(*renoised(
             batch, boundary, self.schedule, lower=lower, shift=self.shift,
             key=(*key, boundary), shared=shared, upper=upper,
+            num_prompts=self.recipe.rollout.num_prompts,
         ))  # fmt: skip
 
     def _descend(self, name: str, loss: Tensor) -> None:

@@ -18,6 +18,7 @@ from tdm_r1.training.queries import (
     Query,
     Source,
     ask,
+    deal_steps,
     draw_boundaries,
     mean_forwards,
     num_forwards,
@@ -42,12 +43,31 @@ def test_coupled_boundaries_keep_their_laws(num_steps, judged):
             wanted = float(n == num_steps - 1)
         assert sum(p for _, j, p in law if j == n) == pytest.approx(wanted)
     rng, count = np.random.default_rng(0), min(2, num_steps)
-    drawn = [draw_boundaries(rng, num_steps, count, judged) for _ in range(4000)]
+    drawn = [
+        draw_boundaries(rng, deal_steps(rng, num_steps, count, number), num_steps, judged)
+        for number in range(4000)
+    ]
     assert all(len({k for k, _ in pairs}) == count for pairs in drawn)
     found = Counter(pair for pairs in drawn for pair in pairs)
     for k, j, p in law:
         n = 4000 * count
         assert abs(found[k, j] - n * p) <= 5 * max(n * p * (1 - p), 1) ** 0.5, (k, j)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batches", [1, 4, 6])
+def test_an_iteration_sees_every_step_as_often(micro_batches, count):
+    orders = set()
+    for iteration in range(50):
+        dealt = [
+            deal_steps(np.random.default_rng(iteration), 4, count, number)
+            for number in range(micro_batches)
+        ]
+        assert all(len(set(steps)) == count for steps in dealt)
+        times = Counter(k for steps in dealt for k in steps)
+        assert max(times.values()) - min(times[k] for k in range(4)) <= 1
+        orders.add(tuple(dealt[0]))
+    assert len(orders) > 2
 
 
 @pytest.mark.parametrize(

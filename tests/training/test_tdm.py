@@ -10,7 +10,14 @@ from tdm_r1.rewards import load_reward
 from tdm_r1.training import tdm as module
 from tdm_r1.training.clock import Clock
 from tdm_r1.training.queries import Source
-from tdm_r1.training.rollout import coins, keyed_generator, renoised, roll_out, score_batches
+from tdm_r1.training.rollout import (
+    Batch,
+    coins,
+    keyed_generator,
+    renoised,
+    roll_out,
+    score_batches,
+)
 from tdm_r1.training.trainer import Trainer
 from tests.training.common import recipe
 
@@ -57,8 +64,9 @@ def plain_losses(trainer, batch, iteration, k, j, slot):
     col = (rows, 1, 1, 1)
 
     def draw(boundary, lower, purpose, **values):
-        key = (recipe_.seed, iteration, *purpose, boundary)
-        return renoised(batch, boundary, schedule, lower=lower, shift=shift, key=key, **values)
+        values["key"] = (recipe_.seed, iteration, *purpose, boundary)
+        values["num_prompts"] = recipe_.rollout.num_prompts
+        return renoised(batch, boundary, schedule, lower=lower, shift=shift, **values)
 
     def x0(name, x, s, cond):
         with torch.no_grad():
@@ -246,7 +254,7 @@ def test_draws_belong_to_the_group_not_to_the_batch(tmp_path, sd3_dir):
     alone = roll_out(trainer.engine, role, groups[1:], 3, 0)
     assert torch.equal(both.x[0][3:], alone.x[0])
     for shared in (True, False):
-        args = {"lower": 0.5, "shift": 3.0, "key": (1, 2), "shared": shared}
+        args = {"lower": 0.5, "shift": 3.0, "key": (1, 2), "shared": shared, "num_prompts": 4}
         _, s_both, eps_both = renoised(both, 2, schedule, **args)
         _, s_alone, eps_alone = renoised(alone, 2, schedule, **args)
         assert torch.equal(s_both[3:], s_alone) and torch.equal(eps_both[3:], eps_alone)
@@ -254,6 +262,36 @@ def test_draws_belong_to_the_group_not_to_the_batch(tmp_path, sd3_dir):
         assert (len(s_both[:3].unique()) == 1) == shared
         assert torch.equal(eps_both[0], eps_both[1]) == shared
     assert keyed_generator(1, 2).initial_seed() != keyed_generator(2, 1).initial_seed()
+
+
+@pytest.mark.parametrize("upper", [None, 0.9])
+def test_levels_are_stratified(upper):
+    """Of n that are drawn together, one lies in every n-th of the interval, in a new order."""
+    groups, size = 8, 6
+    batch = Batch(
+        tuple(range(16, 16 + groups)), (), size, None, None, (torch.zeros(48, 1, 1, 1),) * 2
+    )
+    grid = flow.schedule("euler", 2, 3.0)
+    low, high = (1.0 if s is None else flow.lowest_u(s, 3.0) for s in (grid.sigmas[1], upper))
+
+    def places(shared, key):
+        _, s_B, _ = renoised(
+            batch, 1, grid, lower=grid.sigmas[1], shift=3.0, key=key, shared=shared, upper=upper,
+            num_prompts=groups,
+        )  # fmt: skip
+        u = (flow.unshift_sigma(s_B.double(), 3.0) - low) / (high - low)
+        return u.view(groups, size)
+
+    orders = set()
+    for key in range(20):
+        for row in (u := places(False, (0, key)) * size):
+            assert sorted(row.floor().tolist()) == list(range(size))
+        assert u.flatten().unique().numel() == groups * size
+        u = places(True, (0, key)) * groups
+        assert (u == u[:, :1]).all()
+        assert sorted(u[:, 0].floor().tolist()) == list(range(groups))
+        orders.add(tuple(u[:, 0].floor().tolist()))
+    assert len(orders) > 15
 
 
 def write_counting_reward(file):
