@@ -24,6 +24,7 @@ from tdm_r1 import flow
 from tdm_r1.config import load_recipe
 from tdm_r1.training.losses import surrogate_loss
 from tdm_r1.training.rollout import Batch, keyed_generator, roll_out, score_batches
+from tdm_r1.training.tdm import SURROGATE
 from tdm_r1.training.trainer import Trainer
 
 EDGES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.96, 1.0)  # levels, from a recipe's t_min up to noise
@@ -47,7 +48,8 @@ def gradient(trainer: Trainer, batches: Sequence[Batch], lower: float, upper: fl
     total = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
     for batch in batches:
         assert batch.advantage_B is not None
-        draws = [keyed_generator(trainer.recipe.seed, group) for group in batch.group_ids]
+        key = (trainer.recipe.seed, 0, SURROGATE)
+        draws = [keyed_generator(*key, group) for group in batch.group_ids]
         x_BChw, size = batch.x[-1], batch.group_size
         s_P = torch.cat([lower + (upper - lower) * torch.rand(1, generator=g) for g in draws])
         eps_PChw = torch.stack([torch.randn(x_BChw.shape[1:], generator=g) for g in draws])

@@ -102,7 +102,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Few-step distribution matching. `boundaries` of the K steps are trained per iteration.
+    """Few-step distribution matching. `boundaries` of the K steps are trained per micro-batch.
 
     `critic_warmup`: iterations at the start in which only the generator's critics learn, the fake
     score and the surrogate, from what the generator draws.

@@ -24,7 +24,7 @@ Here a row takes 7 to 10, and what is not trained of them runs in one or two bat
 What is shared is a draw, never an expectation: every loss is a mean over samples (the surrogate's,
 over groups) of a function of its own (boundary, level, noise), whose law is unchanged: which source
 a row of x_r has depends on x_s and a coin alone, and there its level and noise have the law that
-was asked for. Only draws of different losses become dependent. A sample's level and noise may be
+was asked for. Only draws within an iteration become dependent. A sample's level and noise may be
 shared by its group or be its own in every loss but the surrogate's: there a group's logit compares
 samples, and (s, eps) must be the group's. No role is updated between a draw's first use and its
 last.

@@ -45,7 +45,8 @@ class Batch:
 
 def keyed_generator(*key: int) -> torch.Generator:
     """A CPU generator that is a pure function of the key (integers >= 0)."""
-    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    # A key and the same with zeros behind it would be one to SeedSequence, but for their lengths.
+    state = np.random.SeedSequence((*key, len(key))).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
 
@@ -90,14 +91,16 @@ def renoised(
     shared: one s and one eps per group, so that its samples differ only by themselves. Every level
     has the law of `flow.sigma_above` (`upper` too), and they are stratified: of the G of a group,
     or of the shared ones of the P = num_prompts groups of an iteration, one lies in every G-th
-    (P-th) of the interval, so that no iteration dwells on high levels or on low ones.
+    (P-th) of its interval, so that no iteration dwells on high levels or on low ones. `key`: of the
+    iteration and the purpose, the same for all its micro-batches.
     """
     x_b = batch.x[boundary]
     num, shape = (1 if shared else batch.group_size), x_b.shape[1:]
+    # Whatever their boundaries: an iteration's micro-batches fill the P places together.
     place_P = torch.randperm(num_prompts, generator=keyed_generator(*key))
     levels, noises = [], []
     for group in batch.group_ids:
-        generator = keyed_generator(*key, 0, group)
+        generator = keyed_generator(*key, boundary, group)
         uniform = torch.rand(num, generator=generator)
         if shared:  # the groups of an iteration have consecutive ids
             uniform = (place_P[group % num_prompts] + uniform) / num_prompts

@@ -1,9 +1,10 @@
 """`method: tdm` (distillation to a few steps) and `method: tdm_r1` (reinforcement of that model).
 
-One iteration rolls out the current generator, and makes one optimizer step per role from
-`distillation.boundaries` of the K steps. The three losses of a step see the same roles: no role is
-updated before the losses have what they need of it. Formulas: `losses.py`; which forwards they
-share: `queries.py`. In the first `distillation.critic_warmup` iterations the generator waits.
+One iteration rolls out the current generator, and makes one optimizer step per role, from
+`distillation.boundaries` of the K steps in every micro-batch. The three losses of a step see the
+same roles: no role is updated before the losses have what they need of it. Formulas: `losses.py`;
+which forwards they share: `queries.py`. In the first `distillation.critic_warmup` iterations the
+generator waits.
 """
 
 from __future__ import annotations
@@ -339,8 +340,7 @@ class Tdm:
     ) -> Noised:  # fmt: skip
         return Noised(*renoised(
             batch, boundary, self.schedule, lower=lower, shift=self.shift,
-            key=(*key, boundary), shared=shared, upper=upper,
-            num_prompts=self.recipe.rollout.num_prompts,
+            key=key, shared=shared, upper=upper, num_prompts=self.recipe.rollout.num_prompts,
         ))  # fmt: skip
 
     def _descend(self, name: str, loss: Tensor) -> None:

@@ -64,7 +64,7 @@ def plain_losses(trainer, batch, iteration, k, j, slot):
     col = (rows, 1, 1, 1)
 
     def draw(boundary, lower, purpose, **values):
-        values["key"] = (recipe_.seed, iteration, *purpose, boundary)
+        values["key"] = (recipe_.seed, iteration, *purpose)
         values["num_prompts"] = recipe_.rollout.num_prompts
         return renoised(batch, boundary, schedule, lower=lower, shift=shift, **values)
 
@@ -261,7 +261,8 @@ def test_draws_belong_to_the_group_not_to_the_batch(tmp_path, sd3_dir):
         assert (s_both >= 0.5).all()
         assert (len(s_both[:3].unique()) == 1) == shared
         assert torch.equal(eps_both[0], eps_both[1]) == shared
-    assert keyed_generator(1, 2).initial_seed() != keyed_generator(2, 1).initial_seed()
+    keys = (1, 2), (2, 1), (1, 2, 0), (1, 2, 0, 0), (1, 2, 2), (0, 1, 2)
+    assert len({keyed_generator(*key).initial_seed() for key in keys}) == len(keys)
 
 
 @pytest.mark.parametrize("upper", [None, 0.9])
@@ -292,6 +293,31 @@ def test_levels_are_stratified(upper):
         assert sorted(u[:, 0].floor().tolist()) == list(range(groups))
         orders.add(tuple(u[:, 0].floor().tolist()))
     assert len(orders) > 15
+
+
+@pytest.mark.parametrize("judged", ["trajectory", "final"])
+def test_an_iteration_spreads_its_steps_and_levels(judged, tmp_path, sd3_dir):
+    groups, count, size = 8, 2, 3
+    trainer = make(
+        tmp_path, sd3_dir, reinforcement={"judged": judged}, distillation={"boundaries": 1},
+        rollout={"num_prompts": groups, "group_size": size, "micro_groups": count},
+    )  # fmt: skip
+    sigmas, floor = trainer.engine.schedule.sigmas, trainer.recipe.reinforcement.t_min_reward
+    nothing, boundaries = (torch.zeros(count * size, 1, 1, 1),) * 5, set()
+    for iteration in range(3):
+        steps, places = [], []
+        for number in range(groups // count):
+            ids = tuple(groups * iteration + count * number + i for i in range(count))
+            batch = Batch(ids, (), size, None, None, nothing)
+            ((k, j),) = trainer.method._draw_steps(iteration, number)
+            s_B = trainer.method._draw_inputs(iteration, batch, k, j, 0)[2].s_B
+            low = flow.lowest_u(max(sigmas[j + 1], floor), 3.0)
+            u = (flow.unshift_sigma(s_B.double(), 3.0) - low) / (1 - low)
+            steps.append(k)
+            boundaries.add(j)
+            places += (u.view(count, size)[:, 0] * groups).floor().tolist()
+        assert sorted(steps) == [0, 1, 2, 3] and sorted(places) == list(range(groups))
+    assert len(boundaries) == 1 if judged == "final" else len(boundaries) > 1
 
 
 def write_counting_reward(file):
