@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tdm_r1.errors import ConfigError, report
 
-_WRITING = ("output", "lora", "calibration", "refit", "trt")  # options that a dry run lacks
+if TYPE_CHECKING:
+    from tdm_r1.export.tensorrt import Target
+
+_LASTING = ("output", "lora", "calibration", "refit", "plugins")  # options that a dry run lacks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, help="shipped name, directory or Hub id")
     add("--output", type=Path, metavar="DIR", help="directory to make")
-    dry = "trace a published transformer at full size, without weights, and stop"
+    dry = "trace a published transformer at full size, without weights, and stop; with --trt, build"
+    dry += " its engines of random weights, and keep none"
     add("--dry-run", action="store_true", help=dry)
     add("--lora", metavar="FILE", help="LoRA to merge, diffusers or PEFT layout")
     add("--steps", type=int, default=4, help="of the schedule (default: %(default)s)")
@@ -91,8 +95,9 @@ def _export(arguments: argparse.Namespace) -> int:
     }
     if arguments.batch is not None:
         axes["batch"] = (1, arguments.batch)
+    target = Target(**chosen, **asked) if arguments.trt else None
     if arguments.dry_run:
-        return _dry_run(arguments, axes)
+        return _dry_run(arguments, axes, target)
     if arguments.output is None:
         raise ConfigError("--output is missing; allowed without it: --dry-run")
     export_model(
@@ -105,26 +110,31 @@ def _export(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         calibration=arguments.calibration,
         refit=arguments.refit,
-        target=Target(**chosen, **asked) if arguments.trt else None,
+        target=target,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(arguments.output)
     return 0
 
 
-def _dry_run(arguments: argparse.Namespace, axes: dict[str, tuple[int, int]]) -> int:
-    from tdm_r1.export.dry_run import dry_run
+def _dry_run(
+    arguments: argparse.Namespace, axes: dict[str, tuple[int, int]], target: Target | None
+) -> int:
+    from tdm_r1.export.dry_run import dry_build, dry_run
 
-    given = {name: getattr(arguments, name) for name in _WRITING}
+    given = {name: getattr(arguments, name) for name in _LASTING}
     if unused := [f"--{name}" for name, value in given.items() if value]:
-        raise ConfigError(f"{unused[0]} does not go with --dry-run, which writes nothing")
-    dry_run(
-        arguments.model,
-        axes=axes,
-        steps=arguments.steps,
-        precision=arguments.precision,
-        say=lambda line: print(line, flush=True),
-    )
+        raise ConfigError(f"{unused[0]} does not go with --dry-run, which keeps nothing")
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    sizes: dict[str, Any] = {"steps": arguments.steps, "precision": arguments.precision}
+    if target is not None:
+        target.check(arguments.precision)  # before the minutes that tracing takes
+    dry_run(arguments.model, axes=axes, say=say, **sizes)
+    if target is not None:
+        dry_build(arguments.model, target, axes=axes, say=say, **sizes)
     return 0
 
 

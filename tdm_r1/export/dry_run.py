@@ -1,11 +1,14 @@
 """`tdm-r1-export --dry-run`: the graphs of a published transformer at full size, without weights.
 
-The model is built of tensors that have shapes and no memory, traced and translated to ONNX ops; no
-file is written and nothing fetched. Text encoders and VAE are left out.
+The model is built of tensors that have shapes and no memory, traced and translated to ONNX ops;
+nothing is fetched and no file kept. With `--trt` its engines are built too, of random weights, in a
+folder that is removed then. Text encoders and VAE are left out.
 """
 
 from __future__ import annotations
 
+import gc
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,8 +25,9 @@ from tdm_r1 import flow
 from tdm_r1.errors import ConfigError, closest
 from tdm_r1.export.build import check_axes, default_axes
 from tdm_r1.export.graphs import Axes, make_graphs
-from tdm_r1.export.onnx_graph import LOW_OPSET, check_installed, count_nodes
+from tdm_r1.export.onnx_graph import LOW_OPSET, check_installed, count_nodes, write_graph
 from tdm_r1.export.precision import DTYPES, check_precision
+from tdm_r1.export.tensorrt import Target, build_engine
 from tdm_r1.models.layers import Transformer
 from tdm_r1.models.published import CONFIGS
 from tdm_r1.models.sd3 import SD3Config, SD3Transformer
@@ -47,6 +51,16 @@ class Counted:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Built:
+    """One engine. bytes: of its file; products: how many matrix products give which dtype."""
+
+    name: str
+    bytes: int
+    seconds: float
+    products: dict[str, int]
+
+
 def dry_run(
     model: str,
     *,
@@ -63,18 +77,7 @@ def dry_run(
     model or sizes it does not take, ExportError for a graph that cannot be made or whose axes come
     out fixed.
     """
-    check_precision(precision)
-    if precision == "fp8":
-        raise ConfigError(
-            "--precision fp8 does not go with --dry-run: which products are in fp8 is measured on"
-            " weights, and there are none; --precision bf16 traces the same graphs"
-        )
-    check_installed()
-    if model not in CONFIGS:
-        raise ConfigError(
-            f"--model is {model!r}; allowed with --dry-run: {', '.join(CONFIGS)}."
-            f"{closest(model, CONFIGS)}"
-        )
+    _check(model, precision)
     opset = None if precision == "fp32" else LOW_OPSET
     times = flow.schedule("euler", steps, SHIFT).timesteps
     found = []
@@ -101,6 +104,70 @@ def dry_run(
     return found
 
 
+def dry_build(
+    model: str,
+    target: Target,
+    *,
+    axes: Axes | None = None,
+    steps: int = 4,
+    precision: str = "fp32",
+    layers: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Built]:
+    """Build the engines of what `dry_run` traces, of random weights, and keep none of them.
+
+    Takes memory for the weights about twice, and room for them twice where temporary files
+    go. What a build does depends on shapes and dtypes, not on the weights' values. Arguments as of
+    `dry_run`. Raises as it does, and as `Target.check`, `write_graph` and `build_engine` do;
+    ConfigError for a target with plugins or to refit.
+    """
+    _check(model, precision)
+    if target.plugins or target.refit:
+        raise ConfigError("--plugins and --refit do not go with --dry-run")
+    target.check(precision)
+    opset = None if precision == "fp32" else LOW_OPSET
+    times = flow.schedule("euler", steps, SHIFT).timesteps
+    with tempfile.TemporaryDirectory(prefix="tdm-r1-export-") as folder:
+        root, entries = Path(folder), {}
+        pipeline = _pipeline(_build_random(CONFIGS[model], layers, DTYPES[precision]))
+        chosen = {**default_axes(pipeline), **(axes or {})}
+        check_axes(pipeline, chosen)
+        with torch.no_grad():
+            for graph in islice(make_graphs(pipeline, times, chosen), 2):
+                say(f"{graph.name}: writing the graph with random weights")
+                entries[graph.name] = write_graph(graph, root, opset)
+        del pipeline, graph
+        gc.collect()  # traced modules are in cycles, and their memory is wanted
+        return [_build_engine(root, name, entry, target, say) for name, entry in entries.items()]
+
+
+def _build_engine(
+    root: Path, name: str, entry: dict[str, Any], target: Target, say: Callable[[str], None]
+) -> Built:
+    started, path = time.perf_counter(), root / f"{name}.engine"
+    found = build_engine(root / entry["file"], path, entry["profile"], target, say)
+    products = found["kinds"].get("MATRIX_MULTIPLY", {})
+    built = Built(name, path.stat().st_size, time.perf_counter() - started, products)
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in products.items())
+    say(f"{path.name}: {built.bytes / 1e9:.2f} GB, {built.seconds:.0f} s; products: {dtypes}")
+    return built
+
+
+def _check(model: str, precision: str) -> None:
+    check_precision(precision)
+    if precision == "fp8":
+        raise ConfigError(
+            "--precision fp8 does not go with --dry-run: which products are in fp8 is measured on"
+            " weights, and there are none; --precision bf16 traces the same graphs"
+        )
+    check_installed()
+    if model not in CONFIGS:
+        raise ConfigError(
+            f"--model is {model!r}; allowed with --dry-run: {', '.join(CONFIGS)}."
+            f"{closest(model, CONFIGS)}"
+        )
+
+
 def _line(counted: Counted) -> str:
     shapes = ", ".join(f"{name} {axes}" for name, axes in counted.inputs.items())
     return (
@@ -123,6 +190,18 @@ def _build(config: Any, layers: int | None, dtype: torch.dtype) -> Transformer:
             setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(dtype))
+    model.bind_ops()
+    return model
+
+
+def _build_random(config: Any, layers: int | None, dtype: torch.dtype) -> Transformer:
+    """`_build`, its parameters and tables filled with small random numbers."""
+    with torch.device("meta"):
+        model = _build(config, layers, dtype)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.uniform_(-0.03, 0.03, generator=generator)
     model.bind_ops()
     return model
 

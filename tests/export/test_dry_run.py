@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+import tempfile
 
 import pytest
 import torch
 
 from tdm_r1.export.cli import main
-from tdm_r1.export.dry_run import dry_run
+from tdm_r1.export.dry_run import dry_build, dry_run
+from tdm_r1.export.tensorrt import Target
 from tdm_r1.models.published import CONFIGS, SD35_MEDIUM, ZIMAGE_TURBO
 
 pytest.importorskip("onnxscript")
@@ -46,12 +49,39 @@ def test_two_blocks_of_full_width(name):
     assert re.match(r"transformer: \d+ nodes over a model of \d+ M parameters, \d", heard[2])
 
 
+@pytest.mark.slow
+def test_engines_of_two_blocks_of_full_width(tmp_path, monkeypatch):
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    heard = []
+    target = Target(("8.9",))
+    found = dry_build(SD35_MEDIUM, target, layers=2, precision="bf16", say=heard.append)
+    assert [built.name for built in found] == ["context", "transformer"]
+    context, step = found
+    # Of the weights the engines hold nearly all, each once, in bf16, and little else.
+    held = 2 * parameters_of_diffusers(SD35_MEDIUM, 2)
+    assert 0.9 * held < context.bytes + step.bytes < 1.1 * held
+    assert step.products["BF16"] > 20 and step.products.get("FLOAT", 0) <= len(FULL_PRODUCTS)
+    assert heard[-1].startswith("transformer.engine: 0.")
+    assert not list(tmp_path.glob("tdm-r1-export-*"))  # nothing is kept
+
+
+def test_engines_are_asked_for_before_minutes_of_tracing(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    assert main(["--model", ZIMAGE_TURBO, "--dry-run", "--trt"]) == 2
+    said = capsys.readouterr()
+    assert "pip install tensorrt-rtx" in said.err and not said.out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--model", "tiny-sd3", "--dry-run"), "--model is 'tiny-sd3'; allowed with --dry-run: "),
         (("--model", "Tongyi-MAI/Z-Image", "--dry-run"), "Did you mean 'Tongyi-MAI/Z-Image-Turbo'"),
-        (("--model", ZIMAGE_TURBO, "--dry-run", "--trt"), "--trt does not go with --dry-run"),
+        (
+            ("--model", ZIMAGE_TURBO, "--dry-run", "--trt", "--plugins"),
+            "--plugins does not go with --dry-run",
+        ),
         (("--model", ZIMAGE_TURBO, "--dry-run", "--refit"), "--refit does not go with --dry-run"),
         (("--model", ZIMAGE_TURBO, "--dry-run", "--precision", "x"), "--precision is 'x'"),
         (("--model", ZIMAGE_TURBO), "--output is missing; allowed without it: --dry-run"),
