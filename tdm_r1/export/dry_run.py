@@ -116,7 +116,7 @@ def dry_build(
 ) -> list[Built]:
     """Build the engines of what `dry_run` traces, of random weights, and keep none of them.
 
-    Takes memory for the weights about twice, and room for them twice where temporary files
+    Takes memory for the weights about three times, and room for them twice where temporary files
     go. What a build does depends on shapes and dtypes, not on the weights' values. Arguments as of
     `dry_run`. Raises as it does, and as `Target.check`, `write_graph` and `build_engine` do;
     ConfigError for a target with plugins or to refit.
