@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tdm_r1 import flow
 from tdm_r1.errors import ConfigError, closest
 from tdm_r1.export.build import check_axes, default_axes
-from tdm_r1.export.graphs import Axes, make_graphs
+from tdm_r1.export.graphs import Axes, Graph, make_graphs
 from tdm_r1.export.onnx_graph import LOW_OPSET, check_installed, count_nodes, write_graph
 from tdm_r1.export.precision import DTYPES, check_precision
 from tdm_r1.export.tensorrt import Target, build_engine
@@ -78,18 +78,15 @@ def dry_run(
     out fixed.
     """
     _check(model, precision)
-    opset = None if precision == "fp32" else LOW_OPSET
     times = flow.schedule("euler", steps, SHIFT).timesteps
     found = []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        pipeline = _pipeline(_build(CONFIGS[model], layers, DTYPES[precision]))
-        chosen = {**default_axes(pipeline), **(axes or {})}
-        check_axes(pipeline, chosen)
+        transformer = _build(CONFIGS[model], layers, DTYPES[precision])
+        chosen, graphs = _make_graphs(transformer, axes, times)
         say(", ".join(f"{name} {low} to {high}" for name, (low, high) in chosen.items()))
-        # The first two are the transformer's: no text encoder is asked for.
-        for graph in islice(make_graphs(pipeline, times, chosen), 2):
+        for graph in graphs:
             started = time.perf_counter()
-            nodes, inputs = count_nodes(graph, opset)
+            nodes, inputs = count_nodes(graph, _opset(precision))
             tensors = [*graph.module.parameters(), *graph.module.buffers()]
             counted = Counted(
                 graph.name,
@@ -125,18 +122,17 @@ def dry_build(
     if target.plugins or target.refit:
         raise ConfigError("--plugins and --refit do not go with --dry-run")
     target.check(precision)
-    opset = None if precision == "fp32" else LOW_OPSET
     times = flow.schedule("euler", steps, SHIFT).timesteps
     with tempfile.TemporaryDirectory(prefix="tdm-r1-export-") as folder:
         root, entries = Path(folder), {}
-        pipeline = _pipeline(_build_random(CONFIGS[model], layers, DTYPES[precision]))
-        chosen = {**default_axes(pipeline), **(axes or {})}
-        check_axes(pipeline, chosen)
+        _, graphs = _make_graphs(
+            _build_random(CONFIGS[model], layers, DTYPES[precision]), axes, times
+        )
         with torch.no_grad():
-            for graph in islice(make_graphs(pipeline, times, chosen), 2):
+            for graph in graphs:
                 say(f"{graph.name}: writing the graph with random weights")
-                entries[graph.name] = write_graph(graph, root, opset)
-        del pipeline, graph
+                entries[graph.name] = write_graph(graph, root, _opset(precision))
+        del graphs, graph
         gc.collect()  # traced modules are in cycles, and their memory is wanted
         return [_build_engine(root, name, entry, target, say) for name, entry in entries.items()]
 
@@ -166,6 +162,21 @@ def _check(model: str, precision: str) -> None:
             f"--model is {model!r}; allowed with --dry-run: {', '.join(CONFIGS)}."
             f"{closest(model, CONFIGS)}"
         )
+
+
+def _make_graphs(
+    transformer: Transformer, axes: Axes | None, times: tuple[float, ...]
+) -> tuple[Axes, Iterator[Graph]]:
+    """The ranges that the graphs have, and those of the transformer, one at a time."""
+    pipeline = _pipeline(transformer)
+    chosen = {**default_axes(pipeline), **(axes or {})}
+    check_axes(pipeline, chosen)
+    # The first two are the transformer's: no text encoder is asked for.
+    return chosen, islice(make_graphs(pipeline, times, chosen), 2)
+
+
+def _opset(precision: str) -> int | None:
+    return None if precision == "fp32" else LOW_OPSET
 
 
 def _line(counted: Counted) -> str:

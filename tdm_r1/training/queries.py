@@ -149,7 +149,7 @@ def deal_steps(rng: np.random.Generator, num_steps: int, count: int, micro_batch
     rng: the same for every micro-batch of an iteration. They are dealt one random order of the K
     steps, over and over: P(k) = 1/K for each, and over the iteration no step comes more than once
     more often than another. Drawn independently, some iterations would never see the last step, and
-    optimizers without momentum would forget it.
+    an iteration's work would vary.
     """
     order_K = rng.permutation(num_steps)
     return [int(order_K[(micro_batch * count + i) % num_steps]) for i in range(count)]

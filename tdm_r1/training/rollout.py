@@ -97,15 +97,15 @@ def renoised(
     x_b = batch.x[boundary]
     num, shape = (1 if shared else batch.group_size), x_b.shape[1:]
     # Whatever their boundaries: an iteration's micro-batches fill the P places together.
-    place_P = torch.randperm(num_prompts, generator=keyed_generator(*key))
+    place_P = torch.randperm(num_prompts, generator=keyed_generator(*key)) if shared else None
     levels, noises = [], []
     for group in batch.group_ids:
         generator = keyed_generator(*key, boundary, group)
         uniform = torch.rand(num, generator=generator)
-        if shared:  # the groups of an iteration have consecutive ids
-            uniform = (place_P[group % num_prompts] + uniform) / num_prompts
-        else:
+        if place_P is None:
             uniform = (torch.randperm(num, generator=generator) + uniform) / num
+        else:  # the groups of an iteration have consecutive ids
+            uniform = (place_P[group % num_prompts] + uniform) / num_prompts
         levels.append(flow.sigma_above(lower, shift, uniform, upper=upper))
         noises.append(torch.randn((num, *shape), generator=generator))
     times = batch.group_size if shared else 1
