@@ -1,10 +1,10 @@
 """What each part of TDM-R1 is worth on `tiny-sd3`: variants, seeds, one plot, one table.
 
-    python -m bench.ablation [--iterations 24] [--prompts 16] [--seeds 0 1 2] [--variants ...]
+    python -m bench.ablation [--iterations 48] [--prompts 16] [--seeds 0 1 2] [--variants ...]
                              [--jobs 1] [--output runs/ablation] [--resume | --aggregate] [--write]
 
 Every variant of `bench/ablation_variants.py` starts from the same weights, draws as many pictures
-in as many iterations of `bench/shapes.yaml`, whose cosines end at 0 with the last, and is scored
+in as many iterations of the demo's recipe, whose cosines end at 0 with the last, and is scored
 once, on the recipe's held-out captions and noise: the strict reward of the families that it
 trains on and of those that it does not. Each (variant, seed) is a process of its own and leaves one
 JSON file in --output when it ends: --resume makes only the runs that have none, --aggregate makes
@@ -309,7 +309,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--iterations", type=int, default=24)
+    parser.add_argument("--iterations", type=int, default=48)
     parser.add_argument("--prompts", type=int, default=16, help="per iteration, by 12 samples")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from tdm_r1.training.losses import Metrics
     from tdm_r1.training.trainer import Trainer
 
-RECIPE = "bench/shapes.yaml"
+RECIPE = "tiny-sd3-shapes"
+NO_TRANSFER = "reinforcement.transfer=0"
 
 
 class PreferenceAlone(Tdm):
@@ -50,6 +51,10 @@ class PreferenceAlone(Tdm):
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
+        if transfer := self.recipe.reinforcement.transfer:
+            raise ConfigError(
+                f"reinforcement.transfer is {transfer}; allowed with the preference loss alone: 0"
+            )
         self.accumulation = {self.judge: self.accumulation[self.judge]}
 
     def _backward(self, iteration: int, batch: Batch, k: int, j: int, slot: int) -> Metrics:
@@ -179,13 +184,14 @@ class Variant:
 
 VARIANTS = {
     "tdm-r1": Variant("TDM-R1"),
-    "direct-dgpo": Variant("DGPO straight on the generator", DirectDgpo),
+    "no-reward": Variant("no reward", FrozenSurrogate),  # a surrogate that is still the base
+    "no-transfer": Variant("no transfer of weights", overrides=(NO_TRANSFER,)),
+    "direct-dgpo": Variant("DGPO straight on the generator", DirectDgpo, (NO_TRANSFER,)),
     "stochastic": Variant("stochastic rollouts", StochasticRollout),
     "ema-reference": Variant("EMA reference", overrides=("reinforcement.reference=ema",)),
     "frozen-surrogate": Variant("frozen pre-trained surrogate", FrozenSurrogate, pretrained=True),
     "no-kl": Variant("no KL", WithoutKl),
     "all-states": Variant("every state judged", overrides=("reinforcement.judged=trajectory",)),
-    "no-reward": Variant("no reward", FrozenSurrogate),  # a surrogate that is still the base
 }
 
 
@@ -213,7 +219,7 @@ def train(
     trainer = make("run", variant.method)
     trainer.history.add(0, before)
     if variant.pretrained:
-        few = ("evaluation.num_prompts=1", "evaluation.held_out_families=[]")
+        few = (NO_TRANSFER, "evaluation.num_prompts=1", "evaluation.held_out_families=[]")
         teacher = make("surrogate", PreferenceAlone, *few)
         teacher.run()
         follow(trainer.roles["surrogate"], teacher.roles["surrogate"], 1.0)

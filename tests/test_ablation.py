@@ -63,7 +63,7 @@ def test_a_bench_that_was_broken_off_makes_only_what_is_missing(fake, tmp_path, 
     assert "holds 3 runs of an earlier bench: pass --resume" in capsys.readouterr().err
     assert main([*arguments, "--resume", "--prompts", "8"]) == 2
     error = capsys.readouterr().err
-    assert "other settings, iterations=24 rollout.num_prompts=16, than iterations=24" in error
+    assert "other settings, iterations=48 rollout.num_prompts=16, than iterations=48" in error
     assert made(out) == []
     assert main([*arguments, "--resume", "--write", str(kept), "--jobs", "2"]) == 0
     assert sorted(made(out)) == ["no-kl-1", "tdm-r1-2"]
@@ -72,7 +72,7 @@ def test_a_bench_that_was_broken_off_makes_only_what_is_missing(fake, tmp_path, 
     assert lines[2].startswith("| TDM-R1 | +0.150 [-0.485, +0.785] (+0.100, +0.200) | +0.000 ")
     assert result == json.loads((kept / "ablation.json").read_text())
     assert [row["variant"] for row in result["rows"]] == ["tdm-r1", "no-kl"]
-    assert (result["iterations"], result["prompts"], result["group_size"]) == (24, 16, 12)
+    assert (result["iterations"], result["prompts"], result["group_size"]) == (48, 16, 12)
     assert result["pictures"] == [6, 6] and result["processor"] == "p"
     assert Image.open(kept / "ablation.png").size[0] > 900
     assert not list(out.glob("work/*"))

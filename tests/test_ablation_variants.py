@@ -175,11 +175,17 @@ def test_stochastic_rollouts_are_first_order(tmp_path, sd3_dir):
         make(tmp_path, sd3_dir, experiment=StochasticRollout, rollout=rollout)
 
 
+@pytest.mark.parametrize("experiment", [PreferenceAlone, DirectDgpo])
+def test_a_preference_alone_hands_no_weights_on(experiment, tmp_path, sd3_dir):
+    with pytest.raises(ConfigError, match=r"reinforcement.transfer is 0.5; allowed .* 0"):
+        make(tmp_path, sd3_dir, experiment=experiment, reinforcement={"transfer": 0.5})
+
+
 def tiny_settings(model, reward):
     values = {
         "model": model, "reward": reward, "precision": "fp32", "iterations": 1,
+        "distillation.critic_warmup": 0, "evaluation.num_prompts": 6,
         "rollout.num_prompts": 2, "rollout.group_size": 3, "rollout.micro_groups": 2,
-        "evaluation.num_prompts": 6,
     }  # fmt: skip
     return [f"{key}={value}" for key, value in values.items()]
 
