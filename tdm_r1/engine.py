@@ -24,7 +24,7 @@ from tdm_r1.graphs import Backend, device_errors, graph_pool
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.layers import Transformer
 from tdm_r1.models.live import LiveWeights, Update
-from tdm_r1.pipeline import Pipeline, load_pipeline
+from tdm_r1.pipeline import SHIPPED, Pipeline, load_pipeline
 from tdm_r1.trajectory import (
     DECODE_LIMIT,
     Plan,
@@ -112,7 +112,7 @@ class Engine:
         allows, or that are measured now, and give back the weights that those stand for.
         """
         dtype = dtype_beside(precision, dtype, calibration)
-        if backend == "auto" and is_export(name_or_dir):
+        if backend == "auto" and str(name_or_dir) not in SHIPPED and is_export(name_or_dir):
             backend = "onnx"
         load: Any = load_exported if backend in BACKENDS else load_pipeline
         pipeline = load(name_or_dir, lora=lora, device=device, dtype=dtype, backend=backend)

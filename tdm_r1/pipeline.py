@@ -16,7 +16,7 @@ from tdm_r1.flow import Schedule
 from tdm_r1.models.layers import Transformer
 from tdm_r1.models.loading import load_transformer, read_json
 from tdm_r1.models.lora import merge_lora
-from tdm_r1.models.lora_files import WEIGHTS_NAME
+from tdm_r1.models.lora_files import WEIGHTS_NAME, find_lora_file
 from tdm_r1.models.lora_list import load_lora
 from tdm_r1.text import TextEncoder, load_text_encoder
 from tdm_r1.vae import VAE, load_vae
@@ -45,6 +45,7 @@ class Pipeline:
     path: Path
     lora: Path | None = None  # what was merged into the transformer, or would be
     schedule: Schedule | None = None  # the only one it can follow: an export's; None: any
+    text_axis: tuple[int, int] | None = None  # fewest and most tokens of a prompt: an export's
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +89,10 @@ def load_pipeline(
     family = _family(root)
     solver, shift = sampling(root)
     # A run that starts from the bundled LoRA ends in one that holds it: `lora` replaces it.
-    merged = Path(lora) if lora is not None else bundled if weights == "default" else None
+    if lora is not None:
+        merged: Path | None = find_lora_file(lora)
+    else:
+        merged = bundled if weights == "default" else None
     if merge:
         transformer = _load_merged(root, merged, backend=backend, device=device, dtype=dtype)
     else:

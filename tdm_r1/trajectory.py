@@ -203,8 +203,12 @@ def example_conditions(
     text: Any = pipeline.text
     like, zimage = text.encode([""]), pipeline.family == "zimage"
     if lengths is None and zimage:
-        longest = min(text.max_length, pipeline.transformer.config.axes_lens[0] - 2)
-        lengths = range(PAD_MULTIPLE, longest + 1, PAD_MULTIPLE)
+        frames = pipeline.transformer.config.axes_lens[0] - 2
+        longest = min(text.max_length, frames // PAD_MULTIPLE * PAD_MULTIPLE)
+        if pipeline.text_axis is not None:
+            longest = min(longest, pipeline.text_axis[1])
+        ends = range(PAD_MULTIPLE, longest + PAD_MULTIPLE, PAD_MULTIPLE)
+        lengths = [min(length, longest) for length in ends]
     elif lengths is None:
         lengths = [like.tokens_BTE.shape[1]]
     for length in lengths:
@@ -214,5 +218,5 @@ def example_conditions(
         yield Condition(tokens, counts, pooled)
         if zimage and num_prompts > 1 and length > PAD_MULTIPLE:
             counts = counts.clone()
-            counts[1:] = 1
+            counts[1:] = PAD_MULTIPLE
             yield Condition(tokens, counts, pooled)

@@ -59,7 +59,9 @@ def test_lora_is_merged_only_when_named(sd3_dir, copy):
     path = copy / "pytorch_lora_weights.safetensors"
     save_file(tensors, path)
     unasked = load_pipeline(copy, device="cpu").transformer.state_dict()
-    merged = load_pipeline(copy, device="cpu", lora=path).transformer.state_dict()
+    pipeline = load_pipeline(copy, device="cpu", lora=copy)  # the folder of a LoRA, too
+    assert pipeline.lora == path
+    merged = pipeline.transformer.state_dict()
     for key, before in plain.state_dict().items():
         assert torch.equal(unasked[key], before)
         stem = f"transformer.{key.removesuffix('.weight')}"

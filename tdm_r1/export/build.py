@@ -18,7 +18,7 @@ import torch
 
 from tdm_r1 import __version__
 from tdm_r1.engine import Engine
-from tdm_r1.errors import ConfigError
+from tdm_r1.errors import ConfigError, ExportError
 from tdm_r1.export.graphs import Axes, make_graphs, traceable
 from tdm_r1.export.onnx_graph import LOW_OPSET, check_installed, write_graph
 from tdm_r1.export.parity import check
@@ -34,6 +34,7 @@ from tdm_r1.exported.session import import_runtime
 from tdm_r1.files import sha256
 from tdm_r1.models.loading import load_transformer, read_json
 from tdm_r1.pipeline import Pipeline, load_pipeline
+from tdm_r1.trajectory import DECODE_LIMIT
 
 PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 DEFAULT_BATCH = 4
@@ -74,38 +75,38 @@ def export_model(
     as `calibrate_static` does.
     """
     output = Path(output).expanduser()
-    if output.exists():
+    if os.path.lexists(output):  # also a link to nowhere
         raise ConfigError(f"--output is {str(output)!r}, which exists; choose another or remove it")
     check_precision(precision, calibration, refit)
     check_installed()
     import_runtime()  # the gate needs it: better said before the work than after
     if target is not None:
         target.check(precision)
-    pipeline = load_pipeline(model, lora=lora, device="cpu", dtype="float32")
-    engine = Engine(pipeline, steps=steps, solver=solver)
-    chosen = {**default_axes(pipeline), **(axes or {})}
-    check_axes(pipeline, chosen)
-    low = static = None
-    if precision != "fp32":
-        low = Engine(load_low(model, lora, precision), steps=steps, solver=solver)
-        if precision == "fp8":
-            static = calibrate_static(low.pipeline, low.schedule, calibration)
-            say(static.line)
-        copy_weights(low.pipeline, pipeline)
     with written_whole(output) as root:
+        pipeline = load_pipeline(model, lora=lora, device="cpu", dtype="float32")
+        chosen = {**default_axes(pipeline), **(axes or {})}
+        check_axes(pipeline, chosen)
+        # A graph decodes pictures whole, however large, and is held to whole ones.
+        pixels = max(DECODE_LIMIT, chosen["height"][1] * chosen["width"][1])
+        options: dict[str, Any] = {"steps": steps, "solver": solver, "decode_limit": pixels}
+        engine = Engine(pipeline, **options)
+        low = static = None
+        if precision != "fp32":
+            low = Engine(load_low(model, lora, precision), **options)
+            if precision == "fp8":
+                static = calibrate_static(low.pipeline, low.schedule, calibration)
+                say(static.line)
+            copy_weights(low.pipeline, pipeline)
         plugins = target is not None and target.plugins
         graphs = _write_graphs(low or engine, chosen, root, say, refit, plugins, static)
         if refit:
             _write_unmerged(low or engine, precision, graphs, root)
-        for folder in pipeline.path.glob("tokenizer*"):
+        for folder in filter(Path.is_dir, pipeline.path.glob("tokenizer*")):
             shutil.copytree(folder, root / folder.name)
-        manifest = replace(_manifest(engine, chosen, graphs, root), precision=precision)
-        if static is not None:
-            manifest = replace(manifest, fp8=static.to_dict())
+        manifest = _manifest(engine, chosen, graphs, root, lora, precision, static)
         started = time.perf_counter()
         if low is None:
-            exported = Engine(open_parts(root, manifest), steps=steps, solver=solver)
-            parity = check(engine, exported, chosen)
+            parity = check(engine, Engine(open_parts(root, manifest), **options), chosen)
         else:
             with nullcontext() if static is None else _in_fp8(low, static, root, graphs):
                 parity = check_low(engine, low, root, manifest, chosen)
@@ -149,25 +150,41 @@ def check_axes(pipeline: Pipeline, axes: Axes) -> None:
                 f"{option} is {low} {high}; allowed: multiples of {unit}, rising, up to {limit}"
             )
     low, high = axes["text"]
-    fewest = FEWEST_CAPTION_TOKENS if pipeline.family == "zimage" else longest
-    if not 2 <= low <= high <= longest or high < fewest:
+    if pipeline.family == "zimage":  # a prompt is padded to 32 tokens, however short
+        lows, fewest = "2", FEWEST_CAPTION_TOKENS
+        fits = low == 2
+    else:
+        lows, fewest = "from 2, rising", longest
+        fits = 2 <= low <= high
+    if not (fits and fewest <= high <= longest):
         raise ConfigError(
-            f"--text is {low} {high}; allowed: from 2, rising, and at the end {fewest} to {longest}"
+            f"--text is {low} {high}; allowed: {lows}, and at the end {fewest} to {longest}"
         )
 
 
 @contextmanager
 def written_whole(output: Path) -> Iterator[Path]:
-    """Give a folder beside `output` to write in; it becomes `output` only if all goes well."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    root = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    """Give a folder beside `output` to write in; it becomes `output` only if all goes well.
+
+    Raises ConfigError where none can be made, ExportError, and keeps it, if its name is taken then.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        root = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    except OSError as error:
+        raise ConfigError(f"--output is {str(output)!r}, which cannot be made: {error}") from error
     try:
         yield root
         root.chmod(0o755)
-        os.rename(root, output)
     except BaseException:
         shutil.rmtree(root, ignore_errors=True)
         raise
+    try:
+        os.rename(root, output)
+    except OSError as error:  # hours of work are not thrown away for a name
+        raise ExportError(
+            f"{output} has come into being meanwhile; the finished export is in {root}"
+        ) from error
 
 
 def _limits(pipeline: Pipeline) -> tuple[int, tuple[int, int], int]:
@@ -247,7 +264,15 @@ def _worst(parity: dict[str, Any]) -> str:
     return line
 
 
-def _manifest(engine: Engine, axes: Axes, graphs: dict[str, dict], root: Path) -> Manifest:
+def _manifest(
+    engine: Engine,
+    axes: Axes,
+    graphs: dict[str, dict],
+    root: Path,
+    lora: str | Path | None,
+    precision: str,
+    static: Static | None,
+) -> Manifest:
     pipeline, text, vae = engine.pipeline, engine.pipeline.text, engine.pipeline.vae
     lengths = {}
     if pipeline.family == "sd3":
@@ -262,8 +287,8 @@ def _manifest(engine: Engine, axes: Axes, graphs: dict[str, dict], root: Path) -
     return Manifest(
         family=pipeline.family,
         model=pipeline.name,
-        lora=None if pipeline.lora is None else pipeline.lora.name,
-        precision="fp32",
+        lora=None if lora is None else str(lora),
+        precision=precision,
         transformer=read_json(pipeline.path / "transformer" / "config.json"),
         vae={
             name: getattr(vae, name) for name in ("latent_channels", "scale_factor", "sample_size")
@@ -278,7 +303,7 @@ def _manifest(engine: Engine, axes: Axes, graphs: dict[str, dict], root: Path) -
         source=source,
         versions={"tdm_r1": __version__, **{name: _version(name) for name in PACKAGES}},
         parity={},
-        fp8=None,
+        fp8=None if static is None else static.to_dict(),
         engines=None,
     )
 

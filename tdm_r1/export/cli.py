@@ -8,6 +8,7 @@ use.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,16 @@ def main(argv: list[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said what is wrong, or printed the help
         return stop.code if isinstance(stop.code, int) else 2
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it, too, tidies up
     try:
         return _export(arguments)
+    except KeyboardInterrupt:
+        print("tdm-r1-export: interrupted; nothing was kept", file=sys.stderr)
+        return 130
     except Exception as error:  # the boundary of the program
         return report(error, "tdm-r1-export", details=arguments.traceback)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--calibration", metavar="FILE", help=report)
     refit = "keep what Engine.refit needs to change the LoRA; engines then need a GPU to be built"
     add("--refit", action="store_true", help=refit)
-    add("--trt", action="store_true", help="build TensorRT engines too")
+    engines = parser.add_mutually_exclusive_group().add_argument
+    engines("--onnx-only", action="store_true", help="stop at the ONNX graphs (the default)")
+    engines("--trt", action="store_true", help="build TensorRT engines too")
     trt = parser.add_argument_group("with --trt").add_argument
     trt("--runtime", help="tensorrt-rtx, which needs no GPU (the default), or tensorrt")
     capability: dict[str, Any] = {"nargs": "+", "metavar": "X.Y"}
@@ -129,7 +138,8 @@ def _dry_run(
     def say(line: str) -> None:
         print(line, flush=True)
 
-    sizes: dict[str, Any] = {"steps": arguments.steps, "precision": arguments.precision}
+    names = ("steps", "solver", "precision")
+    sizes: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     if target is not None:
         target.check(arguments.precision)  # before the minutes that tracing takes
     dry_run(arguments.model, axes=axes, say=say, **sizes)

@@ -22,6 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tdm_r1 import flow
+from tdm_r1.arguments import check_solver
 from tdm_r1.errors import ConfigError, closest
 from tdm_r1.export.build import check_axes, default_axes
 from tdm_r1.export.graphs import Axes, Graph, make_graphs
@@ -66,19 +67,20 @@ def dry_run(
     *,
     axes: Axes | None = None,
     steps: int = 4,
+    solver: str = "auto",
     precision: str = "fp32",
     layers: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Counted]:
     """Trace the graphs of `model`, one of `published.CONFIGS`, and count what is in them.
 
-    `axes`, `steps` and `precision` as in `export_model`; `layers` keeps so many of the blocks over
-    image and text. `say` hears of the ranges and of every graph. Raises ConfigError for an unknown
-    model or sizes it does not take, ExportError for a graph that cannot be made or whose axes come
-    out fixed.
+    `axes`, `steps`, `solver` and `precision` as in `export_model`; `layers` keeps so many of the
+    blocks over image and text. `say` hears of the ranges and of every graph. Raises ConfigError for
+    an unknown model or sizes it does not take, ExportError for a graph that cannot be made or whose
+    axes come out fixed.
     """
     _check(model, precision)
-    times = flow.schedule("euler", steps, SHIFT).timesteps
+    times = _times(solver, steps)
     found = []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         transformer = _build(CONFIGS[model], layers, DTYPES[precision])
@@ -107,6 +109,7 @@ def dry_build(
     *,
     axes: Axes | None = None,
     steps: int = 4,
+    solver: str = "auto",
     precision: str = "fp32",
     layers: int | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -122,7 +125,7 @@ def dry_build(
     if target.plugins or target.refit:
         raise ConfigError("--plugins and --refit do not go with --dry-run")
     target.check(precision)
-    times = flow.schedule("euler", steps, SHIFT).timesteps
+    times = _times(solver, steps)
     with tempfile.TemporaryDirectory(prefix="tdm-r1-export-") as folder:
         root, entries = Path(folder), {}
         _, graphs = _make_graphs(
@@ -162,6 +165,11 @@ def _check(model: str, precision: str) -> None:
             f"--model is {model!r}; allowed with --dry-run: {', '.join(CONFIGS)}."
             f"{closest(model, CONFIGS)}"
         )
+
+
+def _times(solver: str, steps: int) -> tuple[float, ...]:
+    check_solver(solver)
+    return flow.schedule("euler" if solver == "auto" else solver, steps, SHIFT).timesteps
 
 
 def _make_graphs(

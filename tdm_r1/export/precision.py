@@ -93,12 +93,16 @@ def check_low(
     """
     files = {name: root / graph["file"] for name, graph in manifest.graphs.items()}
     spare = {name: path.with_suffix(".rewritten.onnx") for name, path in files.items()}
-    steps, solver = exact.schedule.num_steps, exact.schedule.solver
+    options: dict[str, Any] = {
+        "steps": exact.schedule.num_steps,
+        "solver": exact.schedule.solver,
+        "decode_limit": exact.decode_limit,
+    }
     try:
         watched = {
             name: write_wide(path, spare[name], manifest.precision) for name, path in files.items()
         }
-        exported = Engine(assemble(root, manifest, watched), steps=steps, solver=solver)
+        exported = Engine(assemble(root, manifest, watched), **options)
         measured = check(exact, exported, axes)
         measured["largest"] = {name: _largest(graph) for name, graph in watched.items()}
         if manifest.precision == "fp16":
@@ -110,7 +114,7 @@ def check_low(
                 write_rounded(path, spare[name], manifest.precision)
                 graphs[name] = {**manifest.graphs[name], "file": spare[name].name}
             opened = open_parts(root, replace(manifest, graphs=graphs))
-        exported = Engine(opened, steps=steps, solver=solver)
+        exported = Engine(opened, **options)
         in_mean = ("loop", "transformer") if manifest.precision == "fp8" else ("loop",)
         measured["rounded"] = check(exact, exported, axes, low, in_mean)
     finally:

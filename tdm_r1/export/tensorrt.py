@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tdm_kernels.quantized import E4M3_CAPABILITY
 
 from tdm_r1.errors import ConfigError, ExportError
 from tdm_r1.export.inspection import fused_layers
@@ -31,8 +30,10 @@ from tdm_r1.exported.tensorrt import (
     LIBRARIES,
     RUNTIMES,
     TENSORRT,
+    fits_precision,
     import_plugins,
     import_tensorrt,
+    known_capabilities,
     make_logger,
 )
 
@@ -60,7 +61,9 @@ class Target:
         """The compute capabilities, whether named or not."""
         if self.compute_capabilities is not None:
             return self.compute_capabilities
-        return CAPABILITIES if self.runtime == TENSORRT_RTX else tuple(self.known_capabilities())
+        if self.runtime == TENSORRT_RTX:
+            return CAPABILITIES
+        return tuple(known_capabilities(self.runtime))
 
     @property
     def library(self) -> str:
@@ -70,13 +73,6 @@ class Target:
     def load(self) -> Any:
         """Return the runtime's module; ConfigError when it, or a library of its, is missing."""
         return import_tensorrt(self.runtime)
-
-    def known_capabilities(self) -> dict[str, Any]:
-        """Return compute capability, such as "8.9" -> the library's name for it, if it has one."""
-        if self.runtime == TENSORRT:
-            return {"{}.{}".format(*torch.cuda.get_device_capability()): None}
-        members = self.load().ComputeCapability.__members__.items()
-        return {f"{name[2:-1]}.{name[-1]}": value for name, value in members if name[:2] == "SM"}
 
     def check(self, precision: str = "fp32") -> None:
         """Raise ConfigError for what cannot be built for, or when a package is not installed.
@@ -116,7 +112,7 @@ class Target:
             )
 
     def _check_capabilities(self) -> None:
-        known, chosen = self.known_capabilities(), self.capabilities
+        known, chosen = known_capabilities(self.runtime), self.capabilities
         if not chosen:
             raise ConfigError(f"--compute-capability is empty; allowed: {', '.join(known)}")
         for name in chosen:
@@ -130,7 +126,7 @@ class Target:
             raise ConfigError(f"--compute-capability is {' '.join(chosen)}; allowed: each once")
 
     def _check_fp8(self) -> None:
-        able = [name for name in self.known_capabilities() if _number(name) >= E4M3_CAPABILITY]
+        able = [name for name in known_capabilities(self.runtime) if fits_precision(name, "fp8")]
         for name in self.capabilities:
             if name not in able:
                 allowed = ", ".join(able) or "none here"
@@ -145,10 +141,9 @@ def build_engines(
 ) -> dict[str, Any]:
     """Write `root/<name>.engine` for every graph of a manifest; returns its `engines`.
 
-    `say` hears of every part, and of a long one every REPORT_EVERY seconds. Raises as
-    `Target.check` and `build_engine` do.
+    `say` hears of every part, and of a long one every REPORT_EVERY seconds. `target.check` has let
+    it pass. Raises as `build_engine` does.
     """
-    target.check()
     parts = {}
     for name, graph in graphs.items():
         started = time.perf_counter()
@@ -248,10 +243,6 @@ def _build(
     return plan, {kind: dict(counts) for kind, counts in kinds.items()}, logger.layers
 
 
-def _number(capability: str) -> tuple[int, ...]:
-    return tuple(map(int, capability.split(".")))
-
-
 def _flags(trt: Any, *, plugins: bool) -> int:
     """How a network is made: strongly typed, and of plugins their kernels, not their Python."""
     flags = trt.NetworkDefinitionCreationFlag
@@ -279,7 +270,7 @@ def _configure(trt: Any, builder: Any, target: Target) -> Any:
     if target.runtime == TENSORRT_RTX:
         # Or no graph could record it; of TensorRT it is asked when the engine is loaded.
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-        known = target.known_capabilities()
+        known = known_capabilities(target.runtime)
         config.num_compute_capabilities = len(target.capabilities)
         for i, name in enumerate(target.capabilities):
             config.set_compute_capability(known[name], i)

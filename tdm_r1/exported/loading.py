@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdm_r1.errors import ConfigError
-from tdm_r1.exported.manifest import ENGINES_ONLY, NAME, Manifest, read_manifest
+from tdm_r1.exported.manifest import ENGINES_ONLY, NAME, Manifest, check_files, read_manifest
 from tdm_r1.exported.plan import open_plans
 from tdm_r1.exported.session import Session
 from tdm_r1.exported.tensorrt import RUNTIMES, device_of_engines
@@ -43,7 +43,7 @@ def load_exported(
     LoadError for a directory that is no finished, unchanged export, ConfigError for what an export
     cannot do any more (take a LoRA, move, change its dtype), and as `device_of_engines` does.
     """
-    root = Path(root).expanduser()
+    root = Path(root).expanduser().resolve()  # a refit reads it again
     if lora is not None:
         raise ConfigError(
             f"lora is {str(lora)!r}: merge it with `tdm-r1-export --lora`, or `Engine.refit` an"
@@ -56,14 +56,18 @@ def load_exported(
     manifest = read_manifest(root)
     if backend in RUNTIMES:
         gpu = device_of_engines(root, manifest, backend, device)
+        check_files(root, manifest)
         return assemble(root, manifest, open_plans(root, manifest, backend, gpu), gpu)
     if device not in ("auto", "cpu", CPU):
         raise ConfigError(f"device is {str(device)!r}; allowed with backend='onnx': 'auto', 'cpu'")
     if manifest.precision in ENGINES_ONLY:
+        engines = manifest.engines
+        instead = "" if engines is None else f"backend={engines['runtime']!r} runs its engines, and"
         raise ConfigError(
             f"{root} is in {manifest.precision}, whose matrices ONNX Runtime does not multiply on a"
-            " CPU; `tdm-r1-export --precision fp32` makes graphs that it runs"
+            f" CPU; {instead} `tdm-r1-export --precision fp32` makes graphs that it runs"
         )
+    check_files(root, manifest)
     return open_parts(root, manifest)
 
 
@@ -95,6 +99,7 @@ def assemble(
         name=manifest.model,
         path=root,
         schedule=manifest.schedule,
+        text_axis=manifest.axes["text"],
     )
 
 
@@ -113,6 +118,10 @@ class ExportedVAE(VAE):
         scale = self.scale_factor
         self.manifest.check(batch=b, height=height * scale, width=width * scale)
         return self.graph(latents_BChw)[0]
+
+    def decode_tiled(self, latents_BChw: Tensor, side: int) -> Tensor:
+        """Decode whole: tiles at the edges could be smaller than what the graph takes."""
+        return self.decode(latents_BChw)
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Raise ConfigError: an export only draws."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tdm_r1.files import sha256
 from tdm_r1.models.loading import read_json
 
 NAME = "export.json"
-FORMAT = 3
+FORMAT = 4
 REFIT = "refit.safetensors"  # the unmerged weights, in an export whose LoRA can be changed
 TENSORRT_RTX = "tensorrt-rtx"  # the runtime of the engines
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by precision
@@ -33,7 +34,8 @@ OPTIONS = {"batch": "--batch", "height": "--heights", "width": "--widths", "text
 class Manifest:
     """The content of `export.json`.
 
-    model: name or directory as asked for; lora: the file that was merged, or None.
+    model: name or directory as asked for; lora: likewise what was merged in place of the model's
+        own, or None. source tells the files of both.
     transformer: config.json of the transformer, with its class name.
     vae: latent_channels, scale_factor and sample_size of the VAE.
     text: what the text encoder is built from: its width, and of SD3 the padded lengths.
@@ -97,10 +99,9 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """Read `root/export.json` and check every file that it lists.
+    """Read `root/export.json`; `check_files` is for the rest.
 
-    Raises LoadError when it is missing, of another format or changed, or when a file is missing or
-    is not the one that was exported. Reads every file once: about a second per gigabyte.
+    Raises LoadError when it is missing, of another format or changed.
     """
     path = root / NAME
     if not path.is_file():
@@ -116,13 +117,24 @@ def read_manifest(root: Path) -> Manifest:
     del values["format"]
     values["schedule"] = _schedule(values["schedule"])
     values["axes"] = {name: tuple(ends) for name, ends in values["axes"].items()}
-    manifest = Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
-    for name, digest in manifest.files.items():
+    return Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
+
+
+def check_files(root: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Raise LoadError unless the files of these names, or all, are those that were exported.
+
+    Of all, those of the folders have to be listed, too: a tokenizer reads whatever lies in its own.
+    Reads every file once: about a second per gigabyte.
+    """
+    for name in manifest.files if names is None else names:
         if not (root / name).is_file():
             raise LoadError(f"{root} lacks {name}, which its {NAME} lists")
-        if sha256(root / name) != digest:
+        if sha256(root / name) != manifest.files[name]:
             raise LoadError(f"{root / name} is not the file that was exported: its sha256 differs")
-    return manifest
+    found = root.glob("*/**/*") if names is None else ()
+    for path in sorted(path for path in found if path.is_file()):
+        if path.relative_to(root).as_posix() not in manifest.files:
+            raise LoadError(f"{path} was added after the export: {NAME} does not list it")
 
 
 def _digest(values: dict[str, Any]) -> str:

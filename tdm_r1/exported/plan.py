@@ -112,6 +112,8 @@ class Plan:
     an engine that is recorded keeps a context for every set of shapes, any other has one.
     """
 
+    in_place = True
+
     def __init__(
         self, module: Any, path: Path, graph: dict[str, Any], device: torch.device, queue: Queue
     ) -> None:
@@ -133,7 +135,7 @@ class Plan:
         self._config = self._configure(self._module)
         self._contexts: dict[Shapes | None, Any] = {}
 
-    def refit(self, weights: Mapping[str, Tensor]) -> None:
+    def refit(self, weights: Mapping[str, Tensor]) -> Plan:
         """Replace weights of the engine by name, in its own memory; none: load it anew.
 
         It waits for the device, whose work nobody may enqueue meanwhile; contexts stay. Raises
@@ -144,7 +146,7 @@ class Plan:
             self.queue.finish()
             if not weights:
                 self._load()
-                return
+                return self
             if not self._engine.refittable:
                 raise ConfigError(
                     f"the engine {self.name!r} cannot be refitted: build it by tdm-r1-export"
@@ -157,6 +159,7 @@ class Plan:
                 given = self._module.Weights(dtype, weight.data_ptr(), weight.numel())
                 self._succeed(refitter.set_named_weights(name, given), f"take {name}")
             self._succeed(refitter.refit_cuda_engine(), "be refitted")
+        return self
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Enqueue the engine, and return its outputs in the graph's order; they are not waited for.

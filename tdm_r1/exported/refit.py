@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tdm_r1.errors import ConfigError, DeviceError
-from tdm_r1.exported.manifest import DTYPES, REFIT, Manifest
+from tdm_r1.errors import ConfigError
+from tdm_r1.exported.manifest import DTYPES, REFIT, Manifest, check_files
 from tdm_r1.exported.transformer import ExportedTransformer
 from tdm_r1.models.layers import name_some
 from tdm_r1.models.loading import CLASSES
@@ -31,8 +31,8 @@ def refit(pipeline: Pipeline, lora: str | Path | None) -> None:
     Exactly what `tdm-r1-export --lora` would store, merged in fp32 and rounded once. Raises
     ConfigError for a pipeline that is no export, one without `--refit`, engines that cannot be
     refitted, or a LoRA that changes what the graphs hold as constants; LoadError for one that does
-    not fit the model. With these nothing has changed; DeviceError, where TensorRT fails on the way,
-    leaves the export as it was made.
+    not fit the model, or for files that are not those of the export any more. With these nothing
+    has changed; anything else on the way leaves engines as they were made, graphs as they were.
     """
     transformer = pipeline.transformer
     if not isinstance(transformer, ExportedTransformer):
@@ -41,18 +41,24 @@ def refit(pipeline: Pipeline, lora: str | Path | None) -> None:
         )
     if not transformer.manifest.refittable:
         raise ConfigError(f"{pipeline.path} cannot be refitted: make it by tdm-r1-export --refit")
+    manifest = transformer.manifest
+    own = [name for name in manifest.files if name == REFIT or name.split(".")[0] in PARTS]
+    check_files(pipeline.path, manifest, own)
     parts: dict[str, Any] = dict(zip(PARTS, (transformer.encode, transformer.step), strict=True))
     weights: dict[str, dict[str, Tensor]] = {name: {} for name in PARTS}
     if lora is not None:
-        weights = merged_weights(pipeline.path, transformer.manifest, lora)
+        weights = merged_weights(pipeline.path, manifest, lora)
     try:
-        for name, part in parts.items():
-            part.refit(weights[name])
-    except DeviceError:
-        for part in parts.values():
-            part.refit({})
-        pipeline.lora = None
+        made = [part.refit(weights[name]) for name, part in parts.items()]
+    except ConfigError:
         raise
+    except BaseException:
+        changed = [part for part in parts.values() if part.in_place]
+        for part in changed:
+            part.refit({})
+        pipeline.lora = None if changed else pipeline.lora
+        raise
+    transformer.encode, transformer.step = made
     pipeline.lora = None if lora is None else Path(lora)
 
 

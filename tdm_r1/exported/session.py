@@ -24,21 +24,21 @@ def import_runtime() -> Any:
 class Session:
     """An ONNX graph on the CPU, with as many threads as PyTorch has."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises ConfigError when ONNX Runtime is not installed."""
-        self.path = path
-        self.refit({})
+    in_place = False
 
-    def refit(self, weights: Mapping[str, Tensor]) -> None:
-        """Open the graph anew, `weights` in place of its own of these names; none: as it is stored.
+    def __init__(self, path: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Raises ConfigError when ONNX Runtime is not installed.
 
-        They must lie in the file beside the graph: any other the runtime may have folded away.
+        `weights` stand in place of its own of these names, which must lie in the file beside the
+        graph: any other the runtime may have folded away.
         """
+        self.path = path
         onnxruntime = import_runtime()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         # Idle threads that spin would take the cores of PyTorch's, which work between the graphs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        weights = weights or {}
         arrays = [weight.detach().contiguous().numpy() for weight in weights.values()]
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays]
         if values:
@@ -48,6 +48,10 @@ class Session:
         )
         self._weights = values  # theirs is the memory that the session reads
         self._names = [given.name for given in self._session.get_inputs()]
+
+    def refit(self, weights: Mapping[str, Tensor]) -> Session:
+        """Open the graph anew with `weights`; none: as it is stored. This one stays as it is."""
+        return Session(self.path, weights)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs for `inputs`, both in the graph's order."""

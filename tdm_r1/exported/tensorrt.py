@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tdm_kernels.quantized import E4M3_CAPABILITY
 
 from tdm_r1.errors import ConfigError
 from tdm_r1.exported.manifest import ENGINES_ONLY, OPTIONS, TENSORRT_RTX, Manifest
-from tdm_r1.models.lora_files import WEIGHTS_NAME
-from tdm_r1.pipeline import SHIPPED, resolve_device
+from tdm_r1.pipeline import resolve_device
 
 TENSORRT = "tensorrt"
 LIBRARIES = {TENSORRT_RTX: "TensorRT-RTX", TENSORRT: "TensorRT"}  # by package
@@ -83,8 +83,11 @@ def device_of_engines(
     """
     engines = manifest.engines
     if engines is None:
+        capability = None
+        if torch.cuda.is_available() and (gpu := resolve_device(device)).type == "cuda":
+            capability = _capability(gpu)
         raise ConfigError(
-            f"{root} holds no engines; make some: {rebuild_command(root, manifest, runtime)}"
+            f"{root} holds no engines; {_rebuild(root, manifest, runtime, capability, 'make some')}"
         )
     if engines["runtime"] != runtime:
         raise ConfigError(
@@ -104,23 +107,63 @@ def device_of_engines(
     if version != engines["version"]:
         raise ConfigError(
             f"the engines of {root} were built by {runtime} {engines['version']}, and {version} is"
-            f" installed: pip install {runtime}=={engines['version']}, or rebuild them:"
-            f" {rebuild_command(root, manifest, runtime)}"
+            f" installed: pip install {runtime}=={engines['version']}, or"
+            f" {_rebuild(root, manifest, runtime)}"
         )
-    capability = "{}.{}".format(*torch.cuda.get_device_capability(found))
+    capability = _capability(found)
     if capability not in engines["compute_capabilities"]:
         raise ConfigError(
             f"the engines of {root} are for compute capability"
             f" {' or '.join(engines['compute_capabilities'])}, and {found} has {capability};"
-            f" rebuild them: {rebuild_command(root, manifest, runtime, capability)}"
+            f" {_rebuild(root, manifest, runtime, capability)}"
         )
     name = torch.cuda.get_device_name(found) if "device" in engines else None
     if name != engines.get("device"):
         raise ConfigError(
             f"the engines of {root} are for {engines['device']}, which built them, and {found} is"
-            f" {name}; rebuild them: {rebuild_command(root, manifest, runtime)}"
+            f" {name}; {_rebuild(root, manifest, runtime)}"
         )
     return found
+
+
+def known_capabilities(runtime: str) -> dict[str, Any]:
+    """Return compute capability, such as "8.9" -> the library's name for it, if it has one.
+
+    TensorRT builds for the current GPU alone. Raises ConfigError as `import_tensorrt` does.
+    """
+    if runtime == TENSORRT:
+        return {"{}.{}".format(*torch.cuda.get_device_capability()): None}
+    members = import_tensorrt(runtime).ComputeCapability.__members__.items()
+    return {f"{name[2:-1]}.{name[-1]}": value for name, value in members if name[:2] == "SM"}
+
+
+def fits_precision(capability: str, precision: str) -> bool:
+    """Whether GPUs of this compute capability multiply in `precision`."""
+    return precision != "fp8" or tuple(map(int, capability.split("."))) >= E4M3_CAPABILITY
+
+
+def _capability(device: torch.device) -> str:
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _rebuild(
+    root: Path,
+    manifest: Manifest,
+    runtime: str,
+    capability: str | None = None,
+    task: str = "rebuild them",
+) -> str:
+    """What to do: the command, or another way where no engine can be for that capability."""
+    if capability is not None and runtime == TENSORRT_RTX:
+        if not fits_precision(capability, manifest.precision):
+            return f"{capability} has no {manifest.precision}: export with --precision bf16"
+        known = known_capabilities(runtime)
+        if capability not in known:
+            return (
+                f"{LIBRARIES[runtime]} builds for {', '.join(known)} only, TensorRT here:"
+                f" {rebuild_command(root, manifest, TENSORRT)}"
+            )
+    return f"{task}: {rebuild_command(root, manifest, runtime, capability)}"
 
 
 def rebuild_command(
@@ -128,11 +171,11 @@ def rebuild_command(
 ) -> str:
     """Return the `tdm-r1-export` command of this export, with engines, into a new directory.
 
-    `capability` replaces those that its engines are for. A LoRA is known by its file's name only.
+    `capability` replaces those that its engines are for.
     """
     engines, axes, schedule = manifest.engines or {}, manifest.axes, manifest.schedule
     words: list[Any] = ["tdm-r1-export", "--model", manifest.model, "--output", f"{root}-rebuilt"]
-    if manifest.lora is not None and (manifest.model, manifest.lora) not in _BUNDLED:
+    if manifest.lora is not None:
         words += ["--lora", manifest.lora]
     words += ["--steps", schedule.num_steps, "--solver", schedule.solver]
     words += [OPTIONS["batch"], axes["batch"][1]]
@@ -148,6 +191,3 @@ def rebuild_command(
     if wanted and runtime != TENSORRT:  # that builds for the GPU where the command runs
         words += ["--compute-capability", *wanted]
     return shlex.join(map(str, words))
-
-
-_BUNDLED = {(name, WEIGHTS_NAME) for name in SHIPPED}  # merged without being asked for

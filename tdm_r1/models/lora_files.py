@@ -106,7 +106,7 @@ def load_lora_file(path: str | Path) -> dict[str, LoraTensors]:
     it; without any it is 1, as in diffusers. Raises LoadError for an unreadable file, a key of
     another layout, half a pair, or two adapters for one module.
     """
-    path = _find_lora_file(Path(path))
+    path = find_lora_file(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -157,7 +157,12 @@ def _settings(tensors: Mapping[str, LoraTensors]) -> dict[str, Any]:
     }
 
 
-def _find_lora_file(path: Path) -> Path:
+def find_lora_file(path: str | Path) -> Path:
+    """Return the file that a LoRA given as a file or as its directory is in; `~` is the home.
+
+    Raises LoadError for a directory without one.
+    """
+    path = Path(path).expanduser()
     if not path.is_dir():
         return path
     for name in (WEIGHTS_NAME, PEFT_NAME):

@@ -23,6 +23,7 @@ STREAM = 7
 Strategy = Enum("Strategy", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"])
 Specialization = Enum("Specialization", ["LAZY", "EAGER", "NONE"])
 DataType = Enum("DataType", ["FLOAT", "HALF", "BF16"])
+Capability = Enum("Capability", ["NONE", "SM86", "SM89", "SM120"])
 Severity = IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING"])
 
 
@@ -39,6 +40,7 @@ class StandIn:
     ExecutionContextAllocationStrategy = Strategy
     DynamicShapesKernelSpecializationStrategy = Specialization
     DataType = DataType
+    ComputeCapability = Capability
 
     def __init__(self) -> None:
         self.engines: list[Engine] = []
@@ -123,8 +125,8 @@ class Refitter:
         for name, (_, address, _) in self.given.items():
             array = _at(address, self.known[name], np.float32).copy()
             self.engine.weights[name] = torch.from_numpy(array)
-        opened.refit(self.engine.weights)
-        self.engine.session = opened._session
+        self.engine.opened = opened.refit(self.engine.weights)
+        self.engine.session = self.engine.opened._session
         return True
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +17,11 @@ from torch import nn
 from tdm_r1.engine import Engine
 from tdm_r1.errors import ConfigError, ExportError, LoadError
 from tdm_r1.export import build
-from tdm_r1.export.cli import main
+from tdm_r1.export.cli import _parser, main
 from tdm_r1.export.graphs import Axis, Graph
 from tdm_r1.export.onnx_graph import write_graph
 from tdm_r1.export.parity import sizes_to_try
+from tdm_r1.exported.loading import load_exported
 from tdm_r1.exported.manifest import NAME
 from tdm_r1.models.lora_files import WEIGHTS_NAME
 from tdm_r1.pipeline import ASSETS
@@ -61,6 +65,12 @@ class TestDamagedExports:
     def test_an_interrupted_export(self, copy):
         (copy / NAME).unlink()
         refused(copy, "is no export: it has no export.json")
+
+    def test_a_file_that_was_added(self, copy):
+        (copy / "README.md").write_text("mine")
+        load_exported(copy)
+        (copy / "tokenizer" / "added_tokens.json").write_text('{"red": 3}')
+        refused(copy, "added_tokens.json was added after the export")
 
     def test_another_format(self, copy):
         values = json.loads((copy / NAME).read_text())
@@ -111,8 +121,32 @@ class TestBadInput:
         assert not list(tmp_path.iterdir())
 
     def test_an_output_that_exists(self, capsys, tmp_path, sd3_dir):
-        status, error = self.run(capsys, "--model", sd3_dir, "--output", tmp_path)
-        assert status == 2 and "which exists" in error
+        (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+        for output in (tmp_path, tmp_path / "link"):
+            status, error = self.run(capsys, "--model", sd3_dir, "--output", output)
+            assert status == 2 and "which exists" in error
+
+    def test_an_output_that_cannot_be_made(self, capsys, tmp_path, sd3_dir):
+        (tmp_path / "file").touch()
+        output = tmp_path / "file" / "out"
+        status, error = self.run(capsys, "--model", sd3_dir, "--output", output)
+        assert status == 2 and "out', which cannot be made: " in error
+
+    def test_a_signal(self, capsys, tmp_path, sd3_dir, monkeypatch):
+        def stop(graph, root, *arguments, **options):
+            (root / f"{graph.name}.onnx").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(build, "write_graph", stop)
+        before = signal.getsignal(signal.SIGTERM)
+        status, error = self.run(capsys, "--model", sd3_dir, "--output", tmp_path / "out")
+        assert (status, error) == (130, "tdm-r1-export: interrupted; nothing was kept")
+        assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) is before
+
+    def test_engines_or_none(self, capsys, tmp_path, sd3_dir):
+        with pytest.raises(SystemExit, match="2"):
+            _parser().parse_args(["--model", str(sd3_dir), "--onnx-only", "--trt"])
+        assert "not allowed with argument --onnx-only" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("package", "install"),
@@ -136,6 +170,20 @@ def test_an_export_that_stops_leaves_nothing(tmp_path, sd3_dir, monkeypatch, sto
     assert not list(tmp_path.iterdir())
 
 
+def test_finished_work_is_kept_when_its_name_is_taken(tmp_path):
+    output = tmp_path / "out"
+    with (
+        pytest.raises(
+            ExportError, match="out has come into being .*; the finished export is in "
+        ) as caught,
+        build.written_whole(output) as root,
+    ):
+        (root / "graph").touch()
+        (output / "other").mkdir(parents=True)
+    assert (Path(str(caught.value).split(" is in ")[1]) / "graph").is_file()
+    assert [path.name for path in output.iterdir()] == ["other"]
+
+
 @pytest.mark.parametrize("family", ["sd3", "zimage"])
 def test_default_axes_are_allowed_and_hold_the_default_size(family):
     pipeline = Engine.from_pretrained(f"tiny-{family}", device="cpu").pipeline
@@ -145,6 +193,12 @@ def test_default_axes_are_allowed_and_hold_the_default_size(family):
         assert axes[name][0] < pipeline.default_size < axes[name][1]
     with pytest.raises(ConfigError, match="--text is"):
         build.check_axes(pipeline, {**axes, "text": (2, 10_000)})
+    shorter = {**axes, "text": (8, axes["text"][1])}
+    if family == "sd3":
+        build.check_axes(pipeline, shorter)
+    else:  # prompts of fewer tokens are as long once padded, and the gate draws them
+        with pytest.raises(ConfigError, match="--text is 8 .*; allowed: 2, and at the end 64 to"):
+            build.check_axes(pipeline, shorter)
 
 
 def test_sizes_to_try_cover_every_axis_and_stay_on_the_grid():

@@ -18,6 +18,8 @@ from tdm_r1.export.graphs import Axis, Graph, VAEDecoder
 from tdm_r1.export.onnx_graph import write_graph
 from tdm_r1.exported.manifest import read_manifest
 from tdm_r1.exported.session import Session
+from tdm_r1.graphs import FakeGraphs
+from tdm_r1.models.lora_files import WEIGHTS_NAME
 
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.slow  # whichever comes first waits for an export
@@ -67,7 +69,7 @@ class TestSD3:
         assert manifest.schedule == sd3_engine.schedule
         assert manifest.axes["height"] == manifest.axes["width"] == (32, 96)
         assert manifest.axes["batch"] == (1, 3)
-        assert manifest.lora in manifest.source  # the 4-step LoRA is in the weights
+        assert manifest.lora is None and WEIGHTS_NAME in manifest.source  # its own is in there
         assert "transformer/diffusion_pytorch_model.safetensors" in manifest.source
         assert {graph["file"] for graph in manifest.graphs.values()} <= manifest.files.keys()
         assert torch.__version__.startswith(manifest.versions["torch"])
@@ -135,6 +137,17 @@ class TestSD3:
         with pytest.raises(ConfigError, match=message):
             Engine.from_pretrained(sd3_export, backend="onnx", **settings)
 
+    def test_a_shipped_name_is_the_shipped_model(self, sd3_export, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "tiny-sd3").symlink_to(sd3_export)
+        assert Engine.from_pretrained("tiny-sd3", device="cpu").pipeline.schedule is None
+        assert Engine.from_pretrained("./tiny-sd3").pipeline.schedule is not None
+
+    def test_pictures_above_the_limit_are_decoded_whole(self, sd3_export, sd3_onnx):
+        small = Engine.from_pretrained(sd3_export, backend="onnx", decode_limit=1024)
+        whole, tiled = (e.generate("a cat", seed=0, output_type="pt") for e in (sd3_onnx, small))
+        assert torch.equal(whole, tiled)
+
     def test_encoding_pictures_is_refused(self, sd3_onnx):
         with pytest.raises(ConfigError, match="decoder only"):
             sd3_onnx.pipeline.vae.encode(torch.zeros(1, 3, 64, 64))
@@ -157,6 +170,11 @@ class TestZImage:
     def test_pictures_of_one_prompt_and_guidance(self, zimage_pair):
         assert_same_pictures(*zimage_pair, PROMPTS[0], num_images_per_prompt=3)
         assert_same_pictures(*zimage_pair, PROMPTS[0], guidance_scale=2.0, height=96, width=32)
+
+    def test_every_text_length_is_recorded(self, zimage_export):
+        engine = Engine.from_pretrained(zimage_export, backend="onnx", graphs=FakeGraphs())
+        assert engine.warmup() == 3  # 32, 64 and 96 tokens
+        assert engine.warmup(num_prompts=2) == 3 + 5  # and two that pad apart
 
     def test_prompts_beyond_the_axis(self, zimage_pair):
         with pytest.raises(ConfigError, match="text is .*; allowed in this export: 2 to 96"):

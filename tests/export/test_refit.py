@@ -21,6 +21,7 @@ from tdm_r1.exported.manifest import REFIT, read_manifest, write_manifest
 from tdm_r1.exported.plan import Plan
 from tdm_r1.exported.session import Session
 from tdm_r1.exported.transformer import ExportedSD3
+from tdm_r1.files import sha256
 from tdm_r1.models.lora import TARGETS, LoraTensors, find_targets
 from tdm_r1.models.lora_files import WEIGHTS_NAME, write_lora
 from tdm_r1.pipeline import ASSETS, load_pipeline
@@ -87,10 +88,10 @@ class TestNames:
         before = session(x)[0]
         torch.testing.assert_close(before, twins(x), rtol=1e-5, atol=1e-5)
         twins.two.weight.data = torch.eye(16)
-        session.refit({"two.weight": torch.eye(16)})
-        torch.testing.assert_close(session(x)[0], twins(x), rtol=1e-5, atol=1e-5)
-        session.refit({})
+        other = session.refit({"two.weight": torch.eye(16)})
+        torch.testing.assert_close(other(x)[0], twins(x), rtol=1e-5, atol=1e-5)
         assert torch.equal(session(x)[0], before)
+        assert torch.equal(other.refit({})(x)[0], before)
 
     def test_tensorrt_knows_the_names(self, written):
         # Without a GPU as far as it goes: the parser's network, which names what can be replaced.
@@ -237,28 +238,36 @@ def test_a_model_that_is_no_export(sd3_dir):
         Engine.from_pretrained(sd3_dir, device="cpu").refit(BUNDLED)
 
 
-def test_a_library_that_fails_leaves_the_export_as_it_was_made(monkeypatch, tmp_path):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_library_that_fails_leaves_no_mixture(in_place, monkeypatch, tmp_path):
     class Part:
         def __init__(self, fails: bool) -> None:
-            self.fails, self.given = fails, []
+            self.fails, self.given, self.in_place = fails, [], in_place
 
         def refit(self, weights):
             self.given.append(weights)
             if weights and self.fails:
                 raise DeviceError("the engine failed")
+            return self if in_place else Part(fails=False)
 
     transformer = ExportedSD3.__new__(ExportedSD3)
     nn.Module.__init__(transformer)
-    transformer.manifest = small_manifest(files={REFIT: "digest"})
-    transformer.encode, transformer.step = Part(fails=False), Part(fails=True)
-    pipeline = SimpleNamespace(transformer=transformer, path=tmp_path, lora=None)
+    (tmp_path / REFIT).write_bytes(b"weights")
+    transformer.manifest = small_manifest(files={REFIT: sha256(tmp_path / REFIT)})
+    parts = transformer.encode, transformer.step = Part(fails=False), Part(fails=True)
+    pipeline = SimpleNamespace(transformer=transformer, path=tmp_path, lora="one.safetensors")
     weights = {part: {"a.weight": torch.zeros(1)} for part in refit.PARTS}
     monkeypatch.setattr(refit, "merged_weights", lambda *given: weights)
     with pytest.raises(DeviceError, match="the engine failed"):
         refit.refit(pipeline, "other.safetensors")
-    for part in (transformer.encode, transformer.step):
-        assert part.given[0] and part.given[1:] == [{}]
-    assert pipeline.lora is None
+    assert (transformer.encode, transformer.step) == parts
+    for part in parts:  # engines go back to what they were made with, graphs stay as they are
+        assert part.given[0] and part.given[1:] == ([{}] if in_place else [])
+    assert pipeline.lora == (None if in_place else "one.safetensors")
+    (tmp_path / REFIT).write_bytes(b"others")
+    with pytest.raises(LoadError, match=f"{REFIT} is not the file that was exported"):
+        refit.refit(pipeline, "other.safetensors")
+    assert len(parts[0].given) == 1 + in_place
 
 
 class TestPlan:

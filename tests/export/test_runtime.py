@@ -93,10 +93,20 @@ class TestRefusals:
         self.refused(tmp_path, f"not installed: pip install {runtime}$", manifest, runtime)
 
     def test_another_gpu(self, gpu, tmp_path, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        message = "are for compute capability 8.9 or 12.0, and cuda has 9.0; rebuild them: "
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+        message = "are for compute capability 8.9 or 12.0, and cuda has 8.6; rebuild them: "
         found = self.settings(self.refused(tmp_path, message), tmp_path)
-        assert found.compute_capability == ["9.0"]
+        assert (found.runtime, found.compute_capability) == ("tensorrt-rtx", ["8.6"])
+        message = "has 8.6; 8.6 has no fp8: export with --precision bf16"
+        self.refused(tmp_path, message, small_manifest(precision="fp8"))
+
+    def test_a_gpu_that_the_library_does_not_build_for(self, gpu, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        message = "cuda has 9.0; TensorRT-RTX builds for 8.6, 8.9, 12.0 only, TensorRT here: "
+        for manifest in (small_manifest(), small_manifest(engines=None)):
+            error = self.refused(tmp_path, message[len("cuda has 9.0") :], manifest)
+            found = self.settings(error, tmp_path)
+            assert (found.runtime, found.compute_capability) == ("tensorrt", None)
 
     def test_another_version(self, gpu, tmp_path):
         manifest = small_manifest(engines={**ENGINES, "version": "1.6.0"})
@@ -128,13 +138,14 @@ class TestRefusals:
         found = self.settings(self.refused(tmp_path, message, manifest, "tensorrt"), tmp_path)
         assert (found.runtime, found.plugins, found.compute_capability) == ("tensorrt", True, None)
 
-    def test_no_engines(self, gpu, tmp_path):
-        bundled = {"model": "tiny-sd3", "lora": "pytorch_lora_weights.safetensors"}
-        error = self.refused(
-            tmp_path, "holds no engines; make some: ", small_manifest(engines=None, **bundled)
-        )
+    def test_no_engines(self, gpu, tmp_path, monkeypatch):
+        manifest = small_manifest(engines=None, lora=None)
+        error = self.refused(tmp_path, "holds no engines; make some: ", manifest)
         found = self.settings(error, tmp_path)
-        assert found.trt and found.lora is None and found.compute_capability is None
+        assert found.trt and found.lora is None and found.compute_capability == ["8.9"]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        error = self.refused(tmp_path, "holds no engines; make some: ", manifest)
+        assert self.settings(error, tmp_path).compute_capability is None
 
     def test_engines_of_the_other_runtime(self, gpu, tmp_path):
         self.refused(tmp_path, "'tensorrt'; the engines of .* for 'tensorrt-rtx'", None, "tensorrt")
