@@ -4,9 +4,10 @@
 
 Every op is first held to the tests' rule: at most twice the reference's error against fp64, plus
 2 ulp; one that errs more, or fails, has the reason in place of times, and the status is 1 in the
-end. Variants are timed in turn. `bytes` counts each operand and each
-result once; the roof of a bandwidth is a copy of 256 MB (CPU: 64 MB) on the same machine, that of
-attention a bf16 matrix product of 8192 (CPU: fp32, 1024).
+end. Variants are timed in turn, on a GPU by its own clock: what Python takes to launch them is not
+counted. `bytes` counts each operand and each result once; the roof of a bandwidth is a copy of
+256 MB (CPU: 64 MB) on the same machine, that of attention a bf16 matrix product of 8192 (CPU: fp32,
+1024). An interrupt ends the run and keeps the rows.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def roofs(device: str, repeats: int) -> dict[str, float]:
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if large else torch.float32)
     target = torch.empty_like(source)
     calls = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ a}
-    times = interleaved(calls, repeats=repeats)
+    times = interleaved(calls, repeats=repeats, device=device)
     return {
         "bytes_per_s": 2 * len(source) / times["copy"].p50 * 1e3,
         "flops_per_s": 2 * side**3 / times["matmul"].p50 * 1e3,
@@ -140,7 +141,7 @@ def measure(case: Case, ops: Any, device: str, roof: dict[str, float], repeats: 
     calls = variants(case, ops, device)
     if case.op == "joint_attention":
         calls = {name: call for name, call in calls.items() if _runs(call)}
-    times = interleaved(calls, repeats=repeats)
+    times = interleaved(calls, repeats=repeats, device=device)
     operands = [*case.args, *case.options.values(), *case.call(ops)]
     size = sum(x.numel() * x.element_size() for x in operands if isinstance(x, Tensor))
     work, peak = (case.flops, roof["flops_per_s"]) if case.flops else (size, roof["bytes_per_s"])
@@ -193,6 +194,9 @@ def main(argv: list[str] | None = None) -> int:
                 try:
                     ops = select("auto", args.device, dtype, head_dim=head_dim, grad=False)
                     rows.append(measure(case, ops, args.device, roof, args.repeats))
+                except KeyboardInterrupt:
+                    rows.append({"op": case.op, "shape": case.shape, "skipped": "interrupted"})
+                    break
                 except Exception as error:  # the other cases must not be lost
                     message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                     rows.append({"op": case.op, "shape": case.shape, "error": message})

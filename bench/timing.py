@@ -10,16 +10,20 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 _BLOCK = 0.2  # milliseconds
+# How often the L2 cache is written before a sample, at most: some 10 ms. Calls that are still being
+# queued then wait for the device themselves.
+_MAX_WRITES = 128
 
 
 @dataclass(frozen=True)
 class Times:
-    """Wall-clock milliseconds of one variant."""
+    """Milliseconds of one variant."""
 
     p20: float
     p50: float
@@ -28,25 +32,36 @@ class Times:
 
 
 def interleaved(
-    variants: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 3
+    variants: dict[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int = 3,
+    device: torch.device | str | None = None,
 ) -> dict[str, Times]:
     """Run every variant in turn, round after round; returns quantiles over `repeats` rounds.
 
     A call below 0.2 ms is repeated for as long within its turn and the mean taken, as
-    torch.utils.benchmark does: of one such call the clock and cold caches are half. CUDA work is
-    waited for on both sides of the clock. Raises ValueError below 5 repeats: the
+    torch.utils.benchmark does: of one such call the clock and cold caches are half. With a CUDA
+    `device` the time is the device's own, as of ops inside a model: the calls of a turn are queued
+    behind other work, so that none waits for Python, and find nothing of earlier turns in the L2
+    cache. Otherwise it is the wall clock's, Python included; without a `device`, CUDA work, where
+    the process has any, is waited for on both sides of it. Raises ValueError below 5 repeats: the
     quantiles would be made of single runs.
     """
     if repeats < 5:
         raise ValueError(f"repeats is {repeats}; allowed: 5 or more")
+    device = None if device is None else torch.device(device)
+    sample: Callable[[Callable[[], object], int], float] = partial(_milliseconds, device)
+    if device is not None and device.type == "cuda":
+        sample = _Queue(device).milliseconds
     samples: dict[str, list[float]] = {name: [] for name in variants}
     calls: dict[str, int] = dict.fromkeys(variants, 1)
     for round_ in range(warmup + repeats):
         for name, call in variants.items():
-            elapsed = _milliseconds(call, calls[name])
+            elapsed = sample(call, calls[name])
             if round_ >= warmup:
                 samples[name].append(elapsed)
-            elif not torch.cuda.is_available():
+            else:
                 calls[name] = max(1, math.ceil(_BLOCK / max(elapsed, 1e-4)))
     return {name: _quantiles(values) for name, values in samples.items()}
 
@@ -78,17 +93,43 @@ def store(result: dict, path: Path | None) -> None:
         part.replace(path)
 
 
-def _milliseconds(call: Callable[[], object], times: int) -> float:
-    _wait()
+class _Queue:
+    """A CUDA device, which is kept busy with its L2 cache while calls are queued."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.writes = device, 1
+        size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+        self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def milliseconds(self, call: Callable[[], object], times: int) -> float:
+        """Mean of `times` calls in a row, between two events."""
+        while True:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            stream = torch.cuda.current_stream(self.device)
+            for _ in range(self.writes):
+                self.buffer.zero_()
+            start.record(stream)
+            for _ in range(times):
+                call()
+            late = start.query()  # the device came to the first call before the last was queued
+            end.record(stream)
+            end.synchronize()
+            if not late or self.writes >= _MAX_WRITES:
+                return start.elapsed_time(end) / times
+            self.writes *= 2
+
+
+def _milliseconds(device: torch.device | None, call: Callable[[], object], times: int) -> float:
+    _wait(device)
     start = time.perf_counter()
     for _ in range(times):
         call()
-    _wait()
+    _wait(device)
     return (time.perf_counter() - start) * 1e3 / times
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
+def _wait(device: torch.device | None) -> None:
+    if device is None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

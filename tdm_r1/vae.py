@@ -29,7 +29,10 @@ class VAE:
     """
 
     def __init__(self, model, *, backend: str = "auto") -> None:
-        """`model` is an AutoencoderKL; channels last spares every convolution two re-layouts."""
+        """`model` is an AutoencoderKL, kept channels last as its convolutions want it.
+
+        On CUDA the norms between them are PyTorch's, which lay pictures out anew, unfused.
+        """
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.dtype, self.backend = model.dtype, backend
         self._bind()
@@ -46,6 +49,10 @@ class VAE:
             self.model.to(device)
             self._bind()
         return self
+
+    def parameters(self) -> list[Tensor]:
+        """What decoding reads."""
+        return list(self.model.parameters())
 
     def _bind(self) -> None:
         model = self.model
@@ -136,7 +143,9 @@ class Decoder:
             steps += [self._conv(up.conv, upsample=True) for up in block.upsamplers or ()]
         steps.append(self._conv(model.conv_out, model.conv_norm_out))
         self.steps: list[Callable[[Tensor], Tensor]] = steps
-        self.recorded = ops.record(self._decode, list(model.parameters()))
+        modules = [model] if post_quant_conv is None else [post_quant_conv, model]
+        sources = [weight for module in modules for weight in module.parameters()]
+        self.recorded = ops.record(self._decode, sources)
 
     def __call__(self, z_BhwC: Tensor) -> Tensor:
         """Return images_BHW3 in the model's range, about -1 to 1."""

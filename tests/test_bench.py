@@ -5,16 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import gradient_signal, train
+from bench import gradient_signal, timing, train
 from bench.generate import main
 from bench.timing import interleaved
 
 
-def test_quantiles_of_interleaved_calls():
+@pytest.mark.parametrize("cuda", [False, True])
+def test_quantiles_of_interleaved_calls(cuda, monkeypatch):
+    for name, value in (("is_available", cuda), ("is_initialized", cuda), ("synchronize", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     calls = []
     times = interleaved(
         {
@@ -32,6 +36,73 @@ def test_quantiles_of_interleaved_calls():
     assert times["long"].p20 <= times["long"].p50 <= times["long"].p80
     with pytest.raises(ValueError, match="repeats is 4"):
         interleaved({}, repeats=4)
+
+
+class Device:
+    """A CUDA device on a clock of its own, in milliseconds: Python queues, the device follows."""
+
+    L2 = 1000
+
+    def __init__(self):
+        self.now = self.done = 0.0  # when Python is, and when the device will have nothing left
+        self.turns = []  # bytes written, and kernels queued since
+        cuda = {"Event": lambda enable_timing: Event(self), "current_stream": lambda device: None}
+        cuda["get_device_properties"] = lambda device: SimpleNamespace(L2_cache_size=self.L2)
+        self.torch = SimpleNamespace(
+            cuda=SimpleNamespace(**cuda), device=torch.device, uint8=torch.uint8, empty=self.empty
+        )
+
+    def queue(self, launch, run):
+        self.now += launch
+        self.done = max(self.done, self.now) + run
+
+    def empty(self, size, **_):
+        def write():
+            self.turns.append((size, []))
+            self.queue(0.005, 0.07)
+
+        return SimpleNamespace(zero_=write)
+
+    def op(self, name, waits=False):
+        self.turns[-1][1].append(name)
+        self.queue(0.03, 0.004)
+        self.now = max(self.now, self.done) if waits else self.now
+
+
+class Event:
+    def __init__(self, device):
+        self.device = device
+
+    def record(self, _):
+        self.at = max(self.device.now, self.device.done)
+
+    def query(self):
+        return self.device.now >= self.at
+
+    def synchronize(self):
+        self.device.now = max(self.device.now, self.at)
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_a_device_is_timed_by_its_own_clock(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(timing, "torch", device.torch)
+    calls = {"op": lambda: device.op("op"), "waits": lambda: device.op("waits", waits=True)}
+    alone = interleaved({"op": calls["op"]}, repeats=5, device="cuda")
+    assert alone["op"].p20 == alone["op"].p80 == 0.004  # not the 0.03 of queuing it
+    turns = [run for _, run in device.turns if run]
+    assert 50 <= len(turns[-1]) <= 51  # 0.2 ms
+    assert all(size > device.L2 for size, _ in device.turns)
+    both = interleaved(calls, repeats=5, device="cuda:1")
+    assert both["op"].p50 == 0.004 and both["waits"].p50 > 0.02
+    assert all(len(set(run)) <= 1 for _, run in device.turns)  # the cache is written in between
+
+
+def test_the_wall_clock_of_a_cpu_asks_nothing_of_cuda(monkeypatch):
+    monkeypatch.setattr(timing, "torch", SimpleNamespace(device=torch.device))
+    assert interleaved({"any": lambda: time.sleep(0.001)}, repeats=5, device="cpu")["any"].p20 >= 1
 
 
 @pytest.mark.parametrize("model", ["sd3_dpm_dir", "zimage_dir"])

@@ -182,7 +182,34 @@ def test_on_gpu_runs_every_part_within_its_limit(limit, tmp_path):
     assert [line.split()[1] for line in parts] == list(PARTS)
     assert all(line.endswith(":/site") for line in parts) and "--quick in" in parts[0]
     budget = int(parts[0].split("--budget ")[1].split()[0])
-    assert 450 < budget <= 460 if limit == 570 else budget == 1
+    assert 360 < budget <= 370 if limit == 570 else budget == 1
+
+
+def test_on_gpu_has_time_for_every_part_where_all_take_theirs(tmp_path):
+    """On a clock that every part moves by the whole of its bound."""
+    (tmp_path / "bin").mkdir()
+    python = executable(tmp_path / "bin" / "python", "exit 0")
+    executable(tmp_path / "bin" / "date", 'cat "$CLOCK"')
+    executable(
+        tmp_path / "bin" / "timeout", "shift 4", 'echo "$@" >> "$CALLS"',
+        'echo $(($(cat "$CLOCK") + $1)) > "$CLOCK"',
+    )  # fmt: skip
+    calls, clock = tmp_path / "calls", tmp_path / "clock"
+    clock.write_text("0")
+    settings = {"PYTHON": python, "CALLS": str(calls), "CLOCK": str(clock)}
+    settings |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    script = Path(gpu.__file__).with_name("on_gpu.sh")
+    environment = {k: v for k, v in os.environ.items() if k != "LIMIT"} | settings
+    assert (
+        subprocess.run(["sh", script, tmp_path / "out"], env=environment, check=False).returncode
+        == 0
+    )
+    lines = calls.read_text().splitlines()
+    seconds = {part: int(line.split()[0]) for line in lines for part in PARTS if part in line}
+    assert len(lines) == 6 and sum(int(line.split()[0]) for line in lines) == int(clock.read_text())
+    assert int(clock.read_text()) <= 570
+    assert seconds["bench.ops"] == 150 and seconds["bench.consistency"] == 30
+    assert seconds["bench.gpu"] >= 120  # the budget of --quick is 110
 
 
 def test_an_op_that_fails_loses_nothing(monkeypatch, capsys, tmp_path):
@@ -194,6 +221,25 @@ def test_an_op_that_fails_loses_nothing(monkeypatch, capsys, tmp_path):
     failed, worked = json.loads(output.read_text())["rows"]
     assert failed["op"] == "swiglu" and "TypeError" in failed["error"]
     assert worked["op"] == "gelu_tanh" and worked["us"]["ours"]["p50"] > 0
+
+
+def test_an_interrupt_ends_the_ops_and_keeps_the_rows(monkeypatch, capsys, tmp_path):
+    def measure(case, *_):
+        if case.op == "gelu_tanh":
+            raise KeyboardInterrupt
+        return {"op": case.op, "shape": case.shape, "speedup over": {"reference": 1.0}}
+
+    cases = [ops.Case(op, "any", []) for op in ("swiglu", "gelu_tanh", "norm_modulate")]
+    monkeypatch.setattr(ops, "cases", lambda *_: cases)
+    monkeypatch.setattr(ops, "roofs", lambda *_: {})
+    monkeypatch.setattr(ops, "measure", measure)
+    output, threads = tmp_path / "ops.json", str(torch.get_num_threads())
+    assert ops.main(["--threads", threads, "--device", "cpu", "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert found == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["rows"] == [
+        measure(cases[0]), {"op": "gelu_tanh", "shape": "any", "skipped": "interrupted"}
+    ]  # fmt: skip
 
 
 def test_full_size_needs_a_gpu(capsys):

@@ -5,11 +5,13 @@ Shapes: B batch, T query rows, S key rows, N heads, H head width (a power of two
     out = softmax(q k^T / sqrt(H)) v, keys from a sample's length on left out
 
 A program takes BLOCK_T rows of one head and walks the keys in tiles: m is the running maximum of a
-row's logits in powers of two, total the sum of 2^(logit - m); both sums are rescaled where m grows.
-q, k and v may be any views with unit stride along H, such as slices of a packed projection. Logits
-and sums are fp32; the weights enter the second product in v's dtype, as they do in any library.
-There is no backward pass: a call that needs gradients goes to the library as a whole. While
-torch.compile or torch.export traces, the reference is traced instead.
+row's logits, total the sum of 2^((logit - m) scale); both sums are rescaled where m grows. m itself
+is not scaled: a GPU fuses logit * scale - m', whose product is then not rounded as m' was, and the
+difference at a large maximum is far from zero. q, k and v may be any views with unit stride along
+H, such as slices of a packed projection. Logits and sums are fp32; the weights enter the second
+product in v's dtype, as they do in any library. There is no backward pass: a call that needs
+gradients goes to the library as a whole. While torch.compile or torch.export traces, the reference
+is traced instead.
 Source: FlashAttention-2, arXiv 2307.08691.
 """
 
@@ -23,7 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from tdm_kernels import reference
-from tdm_kernels.layout import ATTENTION_HEAD_DIMS, check_rows, on, traced_as_reference, unit
+from tdm_kernels.layout import (
+    ATTENTION_HEAD_DIMS,
+    check_devices,
+    check_rows,
+    on,
+    traced_as_reference,
+    unit,
+)
 
 LOG2_E = 1 / math.log(2)
 # (BLOCK_T, BLOCK_S, num_warps, num_stages) by half precision and H, narrower heads as 64. Larger
@@ -60,9 +69,9 @@ def _attend(
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_T, BLOCK_S]
         if MASKED:
             logits = tl.where(inside[None, :], logits, float("-inf"))
-        m_next = tl.maximum(m, tl.max(logits, axis=1) * scale)
-        p = tl.exp2(logits * scale - m_next[:, None])
-        shrink = tl.exp2(m - m_next)
+        m_next = tl.maximum(m, tl.max(logits, axis=1))
+        p = tl.exp2((logits - m_next[:, None]) * scale)
+        shrink = tl.exp2((m - m_next) * scale)
         total = total * shrink + tl.sum(p, axis=1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         m = m_next
@@ -137,6 +146,7 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[T
     check_rows("q", q, ndim=4)
     check_rows("k", k, ndim=4)
     check_rows("v", v, like=k, ndim=4)
+    check_devices("joint_attention", q, k=k, v=v, lengths=lengths)
     b, _, num_heads, h = q.shape
     if h not in ATTENTION_HEAD_DIMS:
         raise ValueError(f"heads must be one of {ATTENTION_HEAD_DIMS} wide, not {h}")

@@ -48,7 +48,7 @@ class PanelConv:
     ) -> None:
         self.weight, self.bias, self.sources = weight_OCKK, bias_O, tuple(sources)
         self.norm, self.upsample = norm, upsample
-        self.panels = torch.empty(0)
+        self.panels: Tensor | None = None
         self.version = -1
         self.plain = reference.pack_conv(weight_OCKK, bias_O, sources, norm=norm, upsample=upsample)
 
@@ -57,10 +57,7 @@ class PanelConv:
         half = x_BHWC.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
         if half or wants_grad(x_BHWC, self.weight) or torch.compiler.is_compiling():
             return self.plain(x_BHWC, residual_BHWO)
-        version = version_of(self.sources)
-        if version != self.version:
-            self.panels = panels(self.weight.detach(), self.upsample)
-            self.version = version
+        packed = self.current()
         x = x_BHWC.contiguous()
         b, h, w, c = x.shape
         scale_BC = shift_BC = None
@@ -72,9 +69,22 @@ class PanelConv:
         residual = None if residual_BHWO is None else residual_BHWO.contiguous()
         kernel = self.weight.shape[-1]
         native_op("conv")(
-            x, scale_BC, shift_BC, self.panels, self.bias, residual, kernel, self.upsample, out_BHWO
+            x, scale_BC, shift_BC, packed, self.bias, residual, kernel, self.upsample, out_BHWO
         )
         return out_BHWO
+
+    def current(self) -> Tensor:
+        """Return the panels of the weight as it is now, always in the same memory."""
+        version = version_of(self.sources)
+        if self.panels is None or version != self.version:
+            fresh = panels(self.weight.detach(), self.upsample)
+            if self.panels is None:
+                # Made in inference mode, they could not be written to outside of it.
+                with torch.inference_mode(False):
+                    self.panels = torch.empty_like(fresh)
+            self.panels.copy_(fresh)
+            self.version = version
+        return self.panels
 
 
 def panels(weight_OCKK: Tensor, upsample: bool) -> Tensor:

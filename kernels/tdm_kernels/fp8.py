@@ -27,6 +27,7 @@ from torch import Tensor
 from tdm_kernels import quantized, reference_fp8
 from tdm_kernels.glu import MAX_BLOCK, gelu_tanh_of, load_fp32, swiglu_of
 from tdm_kernels.layout import (
+    check_devices,
     check_rows,
     next_power_of_2,
     on,
@@ -92,6 +93,7 @@ def swiglu_fp8(gate_BTF: Tensor, up_BTF: Tensor) -> Quantized:
     """`reference_fp8.swiglu_fp8` in one pass; raises ValueError for shapes that differ."""
     check_rows("gate", gate_BTF)
     check_rows("up", up_BTF, like=gate_BTF)
+    check_devices("swiglu_fp8", gate_BTF, up=up_BTF)
     return _quantize(gate_BTF, up_BTF)
 
 

@@ -15,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdm_kernels.layout import check_rows, next_power_of_2, on, traced_as_reference, unit, warps_for
+from tdm_kernels.layout import (
+    check_devices,
+    check_rows,
+    next_power_of_2,
+    on,
+    traced_as_reference,
+    unit,
+    warps_for,
+)
 
 MAX_BLOCK = 2048  # elements of a row one program takes: divides 6144 and 10240
 # gelu(x) = x sigmoid(2 u), with 2 u = x (LINEAR + CUBIC x^2): tanh would cost more and lose digits.
@@ -95,6 +103,7 @@ def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """`reference.swiglu` in one pass; raises ValueError for shapes that differ."""
     check_rows("gate", gate_BTF)
     check_rows("up", up_BTF, like=gate_BTF)
+    check_devices("swiglu", gate_BTF, up=up_BTF)
     if torch.is_grad_enabled() and (gate_BTF.requires_grad or up_BTF.requires_grad):
         return _SwiGLU.apply(gate_BTF, up_BTF)
     return _swiglu(gate_BTF, up_BTF)

@@ -59,6 +59,14 @@ def rows_per_program(t: int, summed: bool) -> int:
     return max(1, min(16, -(-t // 64))) if summed else 1
 
 
+def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless `others` are where `x` is: kernels take addresses."""
+    device = x.device
+    for name, other in others.items():
+        if other is not None and other.device != device:
+            raise ValueError(f"{op}: {name} must be on {device}, not on {other.device}")
+
+
 def check_rows(name: str, x: Tensor, like: Tensor | None = None, ndim: int = 3) -> None:
     """Raise ValueError unless `x` is a float tensor with `ndim` axes, and `like`'s shape."""
     if not x.is_floating_point() or x.dtype == torch.float64:

@@ -12,6 +12,7 @@ compilers fuse it themselves.
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from tdm_kernels.layout import (
     weight_grad,
 )
 
+logger = logging.getLogger(__name__)
+
 LIBRARY = Path(__file__).parent / "libtdm_kernels.so"
 _NEWEST_OP = "attention_backward"  # of csrc/ops.cpp: a library without it is older than this file
 _MAX_ROWS_BACKWARD = 256  # of attention: P and its gradient, 256 KB each, stay in the caches
@@ -36,16 +39,20 @@ _MAX_ROWS_BACKWARD = 256  # of attention: P and its gradient, 256 KB each, stay 
 
 @lru_cache
 def load() -> str:
-    """Load the library; return "" or why it cannot serve."""
+    """Load the library; return "" or why it cannot serve, logged as a warning if it is there."""
     if not LIBRARY.is_file():
         return "is not built: run `make native`"
+    reason = ""
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return f"does not load: {error}"
-    if not hasattr(torch.ops.tdm_kernels, _NEWEST_OP):
-        return "was built from older sources: run `make native`"
-    return ""
+        reason = f"does not load: {error.__cause__ or error}"  # torch's own names the file alone
+    else:
+        if not hasattr(torch.ops.tdm_kernels, _NEWEST_OP):
+            reason = "was built from older sources: run `make native`"
+    if reason:
+        logger.warning("the native library %s", reason)
+    return reason
 
 
 def instruction_set() -> str:
@@ -183,7 +190,8 @@ class _ResidualNorm(torch.autograd.Function):
         scaled = with_norm and scale is not None
         dscale = sums(scaled and needs[5], sets, b, 1, d)
         dshift = sums(scaled and shift is not None and needs[6], sets, b, 1, d)
-        weights = (_float(gate), _float(branch_weight), _float(weight), _float(scale))
+        weights = [_float(gate), _float(branch_weight)]
+        weights += [_float(weight), _float(scale)] if with_norm else [None, None]
         sums_out = (dgate, dbranch_weight, dweight, dscale, dshift)
         native_op("residual_norm_backward")(
             dh, dy, h, branch, *weights, stats, dx, dbranch, *sums_out

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from tdm_kernels.fp8 import magnitude_bits, row_scale
 from tdm_kernels.layout import (
+    check_devices,
     check_rows,
     check_vectors,
     check_weight,
@@ -116,7 +117,8 @@ def norm_modulate(
     eps: float = 1e-6,
 ) -> Tensor:
     """`reference.norm_modulate` in one pass; raises ValueError for a layout it cannot read."""
-    return _run((x_BTD, None, None, None, weight_D, scale_BTD, shift_BTD), eps, norm=True)[1]
+    inputs = (x_BTD, None, None, None, weight_D, scale_BTD, shift_BTD)
+    return _run("norm_modulate", inputs, eps)[1]
 
 
 @traced_as_reference
@@ -130,7 +132,7 @@ def gate_residual(
 ) -> Tensor:
     """`reference.gate_residual` in one pass; raises ValueError for a layout it cannot read."""
     inputs = (x_BTD, branch_BTD, gate_BTD, branch_weight_D, None, None, None)
-    return _run(inputs, eps, norm=False)[0]
+    return _run("gate_residual", inputs, eps)[0]
 
 
 @traced_as_reference
@@ -147,7 +149,7 @@ def gate_residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """`reference.gate_residual_norm`: the residual row is normalised while it is in registers."""
     inputs = (x_BTD, branch_BTD, gate_BTD, branch_weight_D, weight_D, scale_BTD, shift_BTD)
-    return _run(inputs, eps, norm=True)
+    return _run("gate_residual_norm", inputs, eps)
 
 
 @traced_as_reference
@@ -160,8 +162,8 @@ def norm_modulate_fp8(
     eps: float = 1e-6,
 ) -> Quantized:
     """`reference_fp8.norm_modulate_fp8`: the row is quantised while it is in registers."""
-    inputs = _checked(x_BTD, None, None, None, weight_D, scale_BTD, shift_BTD)
-    return _forward(inputs, eps, True, None, fp8=True)[1]
+    inputs = (x_BTD, None, None, None, weight_D, scale_BTD, shift_BTD)
+    return _forward(_checked("norm_modulate_fp8", *inputs), eps, True, None, fp8=True)[1]
 
 
 @traced_as_reference
@@ -178,12 +180,13 @@ def gate_residual_norm_fp8(
 ) -> tuple[Tensor, Quantized]:
     """`reference_fp8.gate_residual_norm_fp8`: the row stays in registers from branch to e4m3."""
     inputs = (x_BTD, branch_BTD, gate_BTD, branch_weight_D, weight_D, scale_BTD, shift_BTD)
-    return _forward(_checked(*inputs), eps, True, None, fp8=True)
+    return _forward(_checked("gate_residual_norm_fp8", *inputs), eps, True, None, fp8=True)
 
 
-def _run(inputs: tuple, eps: float, *, norm: bool) -> tuple[Any, Any]:
+def _run(op: str, inputs: tuple, eps: float) -> tuple[Any, Any]:
     """(h, y); h is None without a branch, y without a norm."""
-    inputs, grad = _checked(*inputs), torch.is_grad_enabled()
+    norm = op != "gate_residual"
+    inputs, grad = _checked(op, *inputs), torch.is_grad_enabled()
     if grad and inputs[1] is not None and inputs[1].ndim == 4:
         # Two branches are one pass only without gradients; with them, one after the other.
         x, (first, branch), (gate, last), *rest = inputs
@@ -193,8 +196,12 @@ def _run(inputs: tuple, eps: float, *, norm: bool) -> tuple[Any, Any]:
     return _forward(inputs, eps, norm, None)
 
 
-def _checked(x, branch, gate, branch_weight, weight, scale, shift) -> tuple:
+def _checked(op: str, x, branch, gate, branch_weight, weight, scale, shift) -> tuple:
     check_rows("x", x)
+    check_devices(
+        op, x, branch=branch, gate=gate, branch_weight=branch_weight, weight=weight, scale=scale,
+        shift=shift,
+    )  # fmt: skip
     num_branches = 1
     if branch is not None:
         num_branches = 1 if branch.ndim == 3 else branch.shape[0]

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from tdm_kernels import reference
 from tdm_kernels.layout import (
+    check_devices,
     check_rows,
     check_weight,
     next_power_of_2,
@@ -180,6 +181,11 @@ def qk_norm_rope(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`reference.qk_norm_rope` in one launch; raises ValueError for a layout it cannot read."""
+    _, tail_q, tail_k = tail or (0, None, None)
+    check_devices(
+        "qk_norm_rope", q_BTNH, k=k_BTNH, weight_q=weight_q_H, weight_k=weight_k_H, rope=rope_BTNH,
+        tail_q=tail_q, tail_k=tail_k,
+    )  # fmt: skip
     if tail is not None:
         return _two_parts(q_BTNH, k_BTNH, weight_q_H, weight_k_H, tail, eps)
     q, weight_q, rope = _checked("q", q_BTNH, weight_q_H, rope_BTNH)

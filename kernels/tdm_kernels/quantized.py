@@ -124,8 +124,11 @@ class ScaledLinear:
 
 
 def version_of(sources: Sequence[Tensor]) -> int:
-    """Return a number that every in-place update of a source raises."""
-    return sum(source._version for source in sources)
+    """Return a number that every in-place update of a source raises.
+
+    Inference tensors keep no count: updates of theirs go unseen.
+    """
+    return sum(0 if source.is_inference() else source._version for source in sources)
 
 
 def check_product(x: Quantized, weight_FD: Quantized, bias_F: Tensor | None) -> None:

@@ -16,7 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tdm_kernels.layout import check_rows, next_power_of_2, on, traced_as_reference
+from tdm_kernels.layout import (
+    check_devices,
+    check_rows,
+    next_power_of_2,
+    on,
+    traced_as_reference,
+)
 
 MAX_ELEMENTS = 2048  # of a program, in latents
 
@@ -76,6 +82,7 @@ def solver_step(
 
 def _check(x: Tensor, out: Tensor, m_prev: Tensor | None, patch: int) -> None:
     check_rows("out", out)
+    check_devices("solver_step", x, out=out, m_prev=m_prev)
     for name, latents in (("x", x), ("m_prev", m_prev)):
         if latents is not None and (latents.dtype != torch.float32 or latents.shape != x.shape):
             raise ValueError(

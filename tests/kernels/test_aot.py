@@ -103,6 +103,17 @@ def test_e4m3_is_rounded_by_the_hardware_where_there_is_any(launches):
         aot.measure(launch, 80)
 
 
+def test_no_power_of_attention_comes_from_a_fused_operation(launches):
+    """Its product is not rounded as the maximum was: of large logits the largest would not be 0."""
+    names = [name for name in launches if "joint_attention" in name]
+    assert len(names) == 3
+    for name in names:
+        ptx = aot.compiled_for(launches[name], 90).asm["ptx"]
+        made = {to: by for by, to in re.findall(r"^\s*([\w.]+)\s+(%\w+),", ptx, re.MULTILINE)}
+        powers = re.findall(r"\bex2\.\S+\s+%\w+,\s*(%\w+);", ptx)
+        assert powers and {made[x].split(".")[0] for x in powers} == {"mul"}, name
+
+
 def test_capture_records_what_a_launch_would_compile():
     x = torch.empty(2, 7, 24, device="meta")
     (launch,) = aot.capture(lambda: norm.norm_modulate(x))

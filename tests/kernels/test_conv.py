@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from tdm_kernels import conv, native, recording, reference
 from tdm_kernels.reference import GroupNorm
 
+from tdm_r1.vae import VAE
 from tests.kernels.compare import assert_as_good, randn
 
 pytestmark = [
@@ -59,6 +61,36 @@ def test_panels_follow_an_update_in_place():
     assert layer(x).abs().max() > 0
     weight.zero_()
     assert layer(x).abs().max() == 0
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+def test_panels_stay_where_a_recording_reads_them(upsample):
+    x, weight = randn(1, 4, 4, 8, seed=1), randn(16, 8, 3, 3, seed=2)
+    layer = conv.pack_conv(weight, None, [weight], upsample=upsample)
+    with torch.inference_mode():
+        layer(x)
+    before = layer.panels.data_ptr()
+    for seed in (3, 4):
+        weight.copy_(randn(16, 8, 3, 3, seed=seed))
+        expected = packed(reference, weight, None, None, upsample, double=True)(x.double())
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
+        assert layer.panels.data_ptr() == before
+
+
+def test_a_decoder_is_recorded_anew_where_its_first_convolution_changes():
+    model = AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=4, layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",), down_block_types=("DownEncoderBlock2D",),
+        mid_block_add_attention=False,
+    ).eval()  # fmt: skip
+    vae, z_BChw = VAE(model), randn(1, 4, 4, 4, seed=1)
+    with torch.no_grad():
+        vae.decode(z_BChw)
+        assert None not in vae.decoder.recorded.programs.values()
+        model.post_quant_conv.weight.mul_(-2)
+        raw = model.decode(z_BChw / vae.scaling + vae.shift, return_dict=False)[0]
+        expected = (raw * 0.5 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(vae.decode(z_BChw), expected, rtol=0, atol=5e-6)
 
 
 def test_a_recording_is_the_calls():

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from tdm_kernels import blocked_linear, native, panel_linear, reference, registry
+from tdm_kernels import (
+    blocked_linear,
+    conv,
+    native,
+    panel_linear,
+    recording,
+    reference,
+    registry,
+)
 from tdm_kernels.blocked_linear import BlockedLinear
 from tdm_kernels.registry import select
 from tdm_kernels.testing import ULP, in_double
@@ -51,6 +59,25 @@ def test_gate_residual_and_norm(b, t, d, dtype, weighted):
     branches, gates = randn(2, b, t, d, seed=8, dtype=dtype), randn(2, b, 1, d, seed=9)
     compare(native, "gate_residual_norm", (x, branches, gates, scale, shift), weight)
     compare(native, "gate_residual", (x, branches, gates), {})
+
+
+@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sets", [(), (2,)])
+def test_gradients_of_one_output(sets, weighted, output):
+    x, branch, gate = randn(2, 5, 24, seed=1), randn(2, 5, 24, seed=2), randn(2, 1, 24, seed=3)
+    modulation = randn(*sets, 2, 1, 24, seed=4), randn(*sets, 2, 1, 24, seed=5)
+    weights = (randn(24, seed=6), randn(24, seed=7)) if weighted else ()
+    grads = []
+    for module in (native, reference):
+        leaves = [t.detach().requires_grad_() for t in (x, branch, gate, *modulation, *weights)]
+        options = dict(zip(("branch_weight_D", "weight_D"), leaves[5:], strict=False))
+        out = module.gate_residual_norm(*leaves[:5], **options)[output]
+        grads.append(torch.autograd.grad(out.square().sum(), leaves, allow_unused=True))
+    for found, like in zip(*grads, strict=True):
+        assert (found is None) == (like is None)
+        if found is not None:
+            torch.testing.assert_close(found, like, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -231,6 +258,26 @@ def test_pack_linear_in_bf16_rounds_once(m, n, k, gelu):
 def plain_product(x, weight, bias, gelu):
     y = x.double() @ weight.double().T + bias.double()
     return torch.nn.functional.gelu(y, approximate="tanh") if gelu else y
+
+
+def test_weights_made_in_inference_mode_are_read():
+    x, image = randn(1, 5, 24, seed=1), randn(1, 4, 4, 8, seed=2)
+    half = torch.bfloat16 if blocked_linear.available() else torch.float32
+    with torch.inference_mode():
+        weight, kernel = randn(48, 24, seed=3), randn(8, 8, 3, 3, seed=4)
+        linear = panel_linear.pack_linear(weight, None, [weight])
+        blocked = panel_linear.pack_linear(weight.to(half), None, [weight])
+        exact = select("auto", "cpu", grad=False, rows="int8").pack_linear(weight, None, [weight])
+        convolution = conv.pack_conv(kernel, None, [kernel])
+        recorded = recording.record(linear, [weight])
+    y, z = x @ weight.T, torch.nn.functional.conv2d(image.movedim(3, 1), kernel, padding=1)
+    for _ in range(2):
+        torch.testing.assert_close(linear(x), y, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(convolution(image), z.movedim(1, 3), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(blocked(x.to(half)).float(), y, rtol=0.05, atol=0.1)
+        torch.testing.assert_close(exact(x), y, rtol=0.05, atol=0.2)
+        with torch.no_grad():
+            assert torch.equal(recorded(x), linear(x))
 
 
 def test_a_group_of_one_prompt_is_read_from_a_single_row():

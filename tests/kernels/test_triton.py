@@ -34,6 +34,45 @@ def test_kernels_on_the_gpu():
     run_checks(interpret=False)
 
 
+ROWS, VECTOR, WEIGHT, HEADS = (2, 5, 24), (2, 1, 24), (24,), (2, 5, 3, 16)
+NORM = {"x_BTD": ROWS, "scale_BTD": VECTOR, "shift_BTD": VECTOR, "weight_D": WEIGHT}
+GATE = {"x_BTD": ROWS, "branch_BTD": ROWS, "gate_BTD": VECTOR, "branch_weight_D": WEIGHT}
+OPERANDS = {
+    "norm:norm_modulate": NORM,
+    "norm:norm_modulate_fp8": NORM,
+    "norm:gate_residual": GATE,
+    "norm:gate_residual_norm": GATE | NORM,
+    "norm:gate_residual_norm_fp8": GATE | NORM,
+    "qk_norm_rope:qk_norm_rope": {
+        "q_BTNH": HEADS, "k_BTNH": HEADS, "weight_q_H": (16,), "weight_k_H": (16,),
+        "rope_BTNH": (1, 5, 1, 16),
+    },
+    "glu:swiglu": {"gate_BTF": ROWS, "up_BTF": ROWS},
+    "fp8:swiglu_fp8": {"gate_BTF": ROWS, "up_BTF": ROWS},
+    "attention:joint_attention": {"q_BTNH": HEADS, "k_BSNH": HEADS, "v_BSNH": HEADS},
+    "solver:solver_step": {"x_BChw": HEADS, "out_Bnf": (2, 48, 5), "m_prev_BChw": HEADS},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", OPERANDS)
+def test_refuses_tensors_of_another_device(place):
+    module, op = place.split(":")
+    call = getattr(pytest.importorskip(f"tdm_kernels.{module}"), op)
+    operands = {name: torch.zeros(shape) for name, shape in OPERANDS[place].items()}
+    if op == "joint_attention":
+        operands["lengths_B"] = torch.ones(2, dtype=torch.int64)
+    numbers = {"sigma": 0.5, "c_x": 0.5, "c_m": 0.5, "patch": 1} if op == "solver_step" else {}
+    for moved in list(operands)[1:]:
+        name = moved.rpartition("_")[0]
+        with pytest.raises(ValueError, match=f"^{op}: {name} must be on cpu, not on meta$"):
+            call(**{**operands, moved: operands[moved].to("meta")}, **numbers)
+    if op == "qk_norm_rope":
+        tail = 3, torch.zeros(16), torch.zeros(16, device="meta")
+        operands.pop("rope_BTNH")
+        with pytest.raises(ValueError, match="tail_k must be on cpu, not on meta"):
+            call(**operands, tail=tail)
+
+
 def test_auto_takes_triton_on_cuda():
     norm = pytest.importorskip("tdm_kernels.norm")
     attention = pytest.importorskip("tdm_kernels.attention")

@@ -6,6 +6,7 @@ fp16 only (the interpreter's bf16 is not the hardware's). Without it they run on
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -95,12 +96,13 @@ def test_gradients_of_one_output_and_of_frozen_vectors():
     x, branch = randn(2, 3, 40, seed=1), randn(2, 3, 40, seed=2)
     vectors = [randn(1, 1, 40, seed=s) for s in (3, 4, 5)]
     weights = {"branch_weight_D": randn(40, seed=6), "weight_D": randn(40, seed=7)}
-    for options in ({}, weights):
+    sets = [vectors[0], *(randn(2, 2, 1, 40, seed=s) for s in (8, 9))]  # two of one norm
+    for args, options in itertools.product((vectors, sets), ({}, weights)):
         for output in (0, 1):
             grads = []
             for module in (norm, reference):
                 leaves = [t.detach().requires_grad_() for t in (x, branch)]
-                result = module.gate_residual_norm(*leaves, *vectors, **options)
+                result = module.gate_residual_norm(*leaves, *args, **options)
                 grads.append(torch.autograd.grad(result[output].sum(), leaves))
             for found, like in zip(*grads, strict=True):
                 torch.testing.assert_close(found, like, rtol=1e-4, atol=1e-5)
