@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tdm_kernels.quantized import version_of
 from torch import Tensor
 
 from tdm_r1 import arguments, flow
@@ -40,7 +41,6 @@ from tdm_r1.trajectory import (
 )
 
 _REMEMBERED_PLANS = 8  # SD3.5: 13 MB each
-Callback = Callable[[int, float, Tensor], None]
 
 
 class Engine:
@@ -137,7 +137,7 @@ class Engine:
         width: int | None = None,
         num_images_per_prompt: int = 1,
         output_type: str = "pil",
-        callback: Callback | None = None,
+        callback: Callable[[int, float, Tensor], None] | None = None,
         guidance_scale: float | None = None,
     ):
         """Draw images; B = len(prompts) * num_images_per_prompt, a prompt's images side by side.
@@ -210,9 +210,8 @@ class Engine:
             )
         if guidance != 1.0 and consistent:
             raise ConfigError(f"guidance is {guidance}; allowed with consistent=True: 1")
-        own = transformer is None or transformer is self.pipeline.transformer
-        if transformer is None:
-            transformer = self.pipeline.transformer
+        transformer = self.pipeline.transformer if transformer is None else transformer
+        own = transformer is self.pipeline.transformer
         with device_errors(f"a rollout of {list(noise_BChw.shape)}"):
             if consistent:
                 states = tuple(consistent_states(transformer, self.schedule, noise_BChw, cond))
@@ -252,17 +251,21 @@ class Engine:
         output_type: str = "pil",
         guidance_scale: float | None = None,
         rollout: bool = False,
+        callback: bool = False,
     ) -> int:
-        """Record the graphs of `generate`, or of `rollout`, for these shapes; returns their number.
+        """Record the graphs of `generate`, or of `rollout`, for these shapes; returns how many are.
 
-        `text_lengths` counts tokens; by default every length that makes a graph of its own: the one
-        of SD3, the multiples of 32 of Z-Image. Raises ConfigError without graphs.
+        `text_lengths` counts tokens; by default every length that makes a graph of its own: that of
+        SD3, the multiples of 32 of Z-Image. `callback`: of calls with one. Of a rollout,
+        `guidance_scale` is its `guidance`. Raises ConfigError without graphs.
         """
         if self.graphs is None:
             raise ConfigError(f"warmup records graphs, and this engine on {self.device} has none")
         arguments.check_choices([""] * num_prompts, output_type, num_images_per_prompt)
         height, width = arguments.picture_size(self.pipeline, height, width)
         weight = arguments.guidance_weight(self.pipeline.family, guidance_scale)
+        weight = (guidance_scale or 1.0) if rollout else weight
+        look_on = (lambda k, t, x_BChw: None) if callback else None
         x_BChw = self.noise([0] * (num_prompts * num_images_per_prompt), height, width)
         uncond = None if weight == 1.0 else self.pipeline.text.encode([""])
         task = f"a warm-up of {list(x_BChw.shape)}"
@@ -274,8 +277,8 @@ class Engine:
                 if rollout:
                     self._roll_out(plan, x_BChw, weight)
                 else:
-                    self._draw(plan, x_BChw, weight, output_type, None)
-        return len(self.graphs.graphs)
+                    self._draw(plan, x_BChw, weight, output_type, look_on)
+        return self.graphs.num_graphs
 
     def update_weights(self, source: Any) -> Update:
         """Replace the transformer's weights in place, and say what was replaced.
@@ -327,7 +330,8 @@ class Engine:
     ) -> Plan:
         """The plan of one prompt on the pipeline's transformer, until its weights change."""
         transformer = self.pipeline.transformer
-        if not transformer.frozen:  # adapters may be switched, which no version counter shows
+        # Adapters may be switched, which no version counter shows, and autocast changes the plan.
+        if not transformer.frozen or torch.is_autocast_enabled(self.device.type):
             return self._plan(transformer, cond, None, x_BChw)
         key = (prompt, *x_BChw.shape[2:], transformer.dtype, version)
         plan = self._plans.pop(key, None)
@@ -341,8 +345,7 @@ class Engine:
     def _settle(self) -> tuple[int, int]:
         """Where the frozen weights lie and how often they changed; graphs follow both."""
         transformer = self.pipeline.transformer
-        places = hash((id(transformer), *(p.data_ptr() for p in transformer.weights)))
-        seen = places, sum(p._version for p in transformer.weights)
+        seen = places, _ = self.pipeline.places, version_of(transformer.weights)
         if seen != self._seen:
             if self.graphs is not None:
                 if places != self._seen[0]:
@@ -362,7 +365,7 @@ class Engine:
         return self._replayed(plan, name, whole, x_BChw, plan.context, plan.modulation_KMB1D)
 
     def _draw(
-        self, plan: Plan, x_BChw: Tensor, weight: float, output_type: str, callback: Callback | None
+        self, plan: Plan, x_BChw: Tensor, weight: float, output_type: str, callback: Any
     ) -> tuple[Tensor, Tensor]:
         """`finish` of x_K from x_0: as one graph, or as one a step where a callback looks on."""
         sampler, vae = Sampler(plan.transformer, self.schedule, weight), self.pipeline.vae

@@ -49,9 +49,12 @@ class Backend(Protocol):
     def exclusive(self) -> AbstractContextManager:
         """Inside, the device runs nothing else on the buffers of this backend's graphs."""
 
+    def release(self) -> None:
+        """Give back the memory of graphs that are gone, and of attempts that failed."""
+
 
 class GraphPool:
-    """At most `capacity` graphs, the ones used last; `strict` records none outside `warming`."""
+    """At most `capacity` graphs, the ones used last; `strict`: all of `warming`, and no other."""
 
     def __init__(self, backend: Backend, *, capacity: int = CAPACITY, strict: bool = False) -> None:
         self.backend, self.capacity, self.strict = backend, capacity, strict
@@ -94,6 +97,11 @@ class GraphPool:
             finally:
                 self.is_warming = before
 
+    @property
+    def num_graphs(self) -> int:
+        """How many graphs there are."""
+        return sum(graph is not None for graph in self.graphs.values())
+
     def clear(self) -> None:
         """Drop every graph: needed when something they read has moved."""
         with self.lock:
@@ -101,20 +109,35 @@ class GraphPool:
 
     def _record(self, name: Hashable, call: Callable[..., Any], inputs: tuple) -> _Recording | None:
         """None, which is remembered, where a recording cannot be had."""
-        while len(self.graphs) >= self.capacity:
+        while len(self.graphs) >= self.capacity and not self.strict:
             self.graphs.popitem(last=False)
-        try:
-            return _Recording(self.backend, call, inputs)
-        except (torch.OutOfMemoryError, GraphError) as error:
-            if self.strict and isinstance(error, GraphError):
-                raise
-            if type(error) not in self.said:
-                logger.warning(
-                    "no graph of %s: %s. It runs without one, and so will others that fail alike",
-                    describe(name, inputs), str(error).splitlines()[0],
-                )  # fmt: skip
-            self.said.add(type(error))
+        kind, failure = self._try(call, inputs)
+        if kind is torch.OutOfMemoryError and self.num_graphs and not self.strict:
+            self.graphs.clear()  # this call comes before what they were for
+            self.backend.release()
+            kind, failure = self._try(call, inputs)
+        if not isinstance(failure, str):
+            return failure
+        if kind is torch.OutOfMemoryError:
+            self.backend.release()
+        elif self.strict:
+            raise GraphError(failure)
+        if kind not in self.said:
+            logger.warning(
+                "no graph of %s: %s. It runs without one, and so will others that fail alike",
+                describe(name, inputs), failure,
+            )  # fmt: skip
+        self.said.add(kind)
         return None
+
+    def _try(self, call: Callable[..., Any], inputs: tuple) -> tuple[type, _Recording | str]:
+        """A recording, or why there is none: the error itself would hold on to its memory."""
+        try:
+            return _Recording, _Recording(self.backend, call, inputs)
+        except torch.OutOfMemoryError as error:
+            return torch.OutOfMemoryError, str(error).splitlines()[0]
+        except GraphError as error:
+            return GraphError, str(error).splitlines()[0]
 
 
 class _Recording:
@@ -180,8 +203,8 @@ class CudaGraphs:
     def capture(self, call: Callable[[], Any]) -> Graph:
         """Run `call` twice, so that kernels are compiled and libraries have chosen, and record it.
 
-        Raises torch.OutOfMemoryError, after giving back what the attempt took; GraphError for a
-        call that cannot be recorded.
+        Raises torch.OutOfMemoryError, what the attempt took still taken until `release`; GraphError
+        for a call that cannot be recorded.
         """
         graph = _CudaGraph()
         try:
@@ -201,14 +224,17 @@ class CudaGraphs:
                 ):
                     graph.outputs = call()
         except torch.OutOfMemoryError:
-            del graph
-            torch.cuda.empty_cache()
             raise
         except RuntimeError as error:
             if "captur" not in str(error):
                 raise
             raise GraphError(f"it cannot be recorded: {str(error).splitlines()[0]}") from error
         return graph
+
+    def release(self) -> None:
+        """Leave the pool, whose blocks a failed attempt may hold for good, to the graphs in it."""
+        self.memory = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -251,6 +277,9 @@ class FakeGraphs:
     def exclusive(self) -> AbstractContextManager:
         """Nothing runs beside the caller here."""
         return nullcontext()
+
+    def release(self) -> None:
+        """Memory of graphs that are gone is gone already."""
 
     def spoil(self) -> None:
         """Overwrite the outputs of every graph."""

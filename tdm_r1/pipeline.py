@@ -48,6 +48,12 @@ class Pipeline:
     text_axis: tuple[int, int] | None = None  # fewest and most tokens of a prompt: an export's
 
     @property
+    def places(self) -> int:
+        """A hash of where transformer and VAE, and their weights, lie."""
+        read = (*self.transformer.weights, *self.vae.parameters())
+        return hash((id(self.transformer), id(self.vae), *(x.data_ptr() for x in read)))
+
+    @property
     def device(self) -> torch.device:
         """The device every part lives on."""
         return self.text.device

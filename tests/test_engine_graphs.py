@@ -15,6 +15,7 @@ from tdm_r1.models import lora
 from tdm_r1.models.loading import load_transformer
 from tdm_r1.pipeline import load_pipeline
 from tdm_r1.training.roles import Role
+from tdm_r1.vae import VAE
 from tests.test_engine import PROMPTS, latents
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -109,6 +110,22 @@ class TestBitForBit:
         fused = load_pipeline(directory, device="cpu")
         same((Engine(fused, graphs=FakeGraphs()), Engine(fused)), PROMPTS, seed=1)
 
+    def test_another_decoder_drops_the_graphs(self, directory):
+        pipeline = load_pipeline(directory, device="cpu", backend="reference")
+        pair = Engine(pipeline, graphs=FakeGraphs()), Engine(pipeline)
+        same(pair, "a", seed=1)
+        model = copy.deepcopy(pipeline.vae.model)
+        model.decoder.conv_out.weight.data.mul_(0.5)
+        pipeline.vae = VAE(model, backend="reference")
+        same(pair, "a", seed=1)
+        assert pair[0].graphs.backend.num_captures == 2
+
+    def test_a_plan_does_not_outlive_autocast(self, directory):
+        engine = Engine(load_pipeline(directory, device="cpu"))
+        with torch.autocast("cpu", torch.bfloat16):
+            engine.generate("a", seed=1)
+        same((engine, Engine(load_pipeline(directory, device="cpu"))), "a", seed=1)
+
     def test_weights_that_move_drop_the_graphs(self, directory):
         pipeline = load_pipeline(directory, device="cpu", backend="reference")
         pair = Engine(pipeline, graphs=FakeGraphs()), Engine(pipeline)
@@ -144,6 +161,16 @@ class TestWarmup:
             engine.rollout(pipeline.text.encode(["a", long]), latents(2))
         engine.warmup(rollout=True, **shape)
         engine.rollout(pipeline.text.encode(["a", long]), latents(2))
+
+    def test_a_callback_and_a_guided_rollout(self, pipeline):
+        engine = Engine(pipeline, graphs=FakeGraphs(), strict_graphs=True)
+        engine.warmup(callback=True)
+        prompt, seen = " ".join(["red"] * 40), []
+        engine.generate(prompt, seed=1, callback=lambda k, t, x: seen.append(k))
+        assert seen == [0, 1, 2, 3]
+        cond, uncond = (engine.pipeline.text.encode([text]) for text in (prompt, ""))
+        engine.warmup(rollout=True, guidance_scale=2.0, text_lengths=cond.lengths_B.tolist())
+        engine.rollout(cond, latents(1), guidance=2.0, uncond=uncond)
 
     def test_refusals(self, pipeline):
         with pytest.raises(ConfigError, match="this engine on cpu has none"):
@@ -231,6 +258,30 @@ class TestUpdates:
         assert not torch.equal(states[0], states[1])
         assert graphed.graphs.backend.num_captures == 1 and graphed.weights_version == 50
         assert [p.data_ptr() for p in plain.transformer.weights] == places
+
+    def test_weights_that_moved_are_found(self, directory, base):
+        engine = Engine(load_pipeline(directory, device="cpu", backend="reference"))
+        transformer, state = engine.pipeline.transformer, base.state_dict()
+        for number, moved in enumerate((lambda: None, transformer.float, transformer.freeze)):
+            engine.update_weights({name: x * (2 + number) for name, x in state.items()})
+            transformer.to(torch.bfloat16).to(torch.float32)
+            moved()
+            wanted = {name: x * (3 + number) for name, x in state.items()}
+            engine.update_weights(wanted)
+            found = transformer.state_dict()
+            assert all(torch.equal(found[name], x) for name, x in wanted.items())
+
+    def test_a_source_at_the_address_of_one_that_is_gone(self, directory, base):
+        engine = Engine(load_pipeline(directory, device="cpu", backend="reference"))
+        for number in range(8):
+            source = copy.deepcopy(base).requires_grad_(False)
+            state = {name: x * (1 + 0.1 * number) for name, x in base.state_dict().items()}
+            source.load_state_dict(state, assign=True)
+            engine.update_weights(source)
+            found = engine.pipeline.transformer.state_dict()
+            assert all(torch.equal(found[name], x) for name, x in state.items())
+            assert engine.update_weights(source).num_written == 0
+            del source, state
 
     def test_half_precision_rounds_the_fold_once(self, directory, role):
         pipeline = load_pipeline(directory, device="cpu", dtype="bfloat16", backend="reference")

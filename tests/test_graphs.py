@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from functools import partial
 
@@ -171,6 +172,42 @@ def test_what_cannot_be_recorded_is_said_once_and_called(error, words, caplog):
     assert backend.attempts == 2  # once per shape
     (record,) = caplog.records
     assert words in record.message and "work of [3, 4]" in record.message
+
+
+class Small(FakeGraphs):
+    """A device with room for one graph beside the call itself."""
+
+    def capture(self, call):
+        if self.alive:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+        return super().capture(call)
+
+    def release(self):
+        gc.collect()  # a fake graph keeps its call, which keeps its buffers, and they the graph
+
+
+def test_a_new_graph_comes_before_the_old_ones(caplog):
+    pool, call = GraphPool(backend := Small()), partial(work, torch.eye(4))
+    for rows in (3, 5, 5, 3):
+        args = inputs("cpu", rows=rows)
+        assert_equal(pool.run("work", call, *args), call(*args))
+        assert pool.num_graphs == 1
+    assert backend.num_captures == 3 and not caplog.records
+
+
+def test_a_strict_pool_keeps_what_was_warmed_up():
+    pool, call = GraphPool(Small(), capacity=2, strict=True), partial(work, torch.eye(4))
+    with pool.warming():
+        for rows in (3, 5):
+            pool.run("work", call, *inputs("cpu", rows=rows))
+    assert pool.num_graphs == 1 and len(pool.graphs) == 2
+    pool = GraphPool(FakeGraphs(), capacity=2, strict=True)
+    with pool.warming():
+        for rows in (3, 5, 7):
+            pool.run("work", call, *inputs("cpu", rows=rows))
+    for rows in (3, 5, 7):
+        pool.run("work", call, *inputs("cpu", rows=rows))
+    assert pool.num_graphs == 3
 
 
 def test_strict_pools_say_what_cannot_be_recorded():

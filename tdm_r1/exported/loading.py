@@ -112,6 +112,10 @@ class ExportedVAE(VAE):
         self.scale_factor = manifest.vae["scale_factor"]
         self.sample_size = manifest.vae["sample_size"]
 
+    def parameters(self) -> list[Tensor]:
+        """None: the graph has them."""
+        return []
+
     def unclamped(self, latents_BChw: Tensor) -> Tensor:
         """As in `VAE`, but in [0, 1]; ConfigError for sizes outside the export's axes."""
         b, _, height, width = latents_BChw.shape

@@ -7,12 +7,13 @@ is left in 8 bits alone is folded as any other, rounded to the model's dtype and
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from tdm_kernels.quantized import Quantized
+from tdm_kernels.quantized import Quantized, version_of
 from torch import Tensor
 
 from tdm_r1.errors import ConfigError, LoadError
@@ -49,7 +50,7 @@ class Source(NamedTuple):
         weight = self.weight.to(like.device).float()
         return torch.add(weight, torch.mm(b, a), alpha=self.scale).to(like.dtype)
 
-    def stamp(self, trained: bool) -> tuple | None:
+    def stamp(self, trained: bool) -> Stamp | None:
         """Tell this state from others; None if it cannot be told.
 
         An optimizer may write past the version counter, so what is trained counts as changed.
@@ -57,7 +58,22 @@ class Source(NamedTuple):
         tensors = [x for x in (self.weight, self.a_rI, self.b_Or) if x is not None]
         if trained:
             return None
-        return (self.scale, *((x.data_ptr(), x._version) for x in tensors))
+        states = [(weakref.ref(x), x.data_ptr(), version_of((x,))) for x in tensors]
+        return Stamp(self.scale, tuple(states))
+
+
+class Stamp(NamedTuple):
+    """The state of a source: its scale, and which tensors it has, where, in which version."""
+
+    scale: float
+    tensors: tuple[tuple[weakref.ref, int, int], ...]
+
+    def same(self, other: Stamp) -> bool:
+        """Whether nothing changed in between; a tensor that is gone may have left its address."""
+        pairs = list(zip(self.tensors, other.tensors, strict=False))
+        alive = all(a() is not None and a() is b() for (a, *_), (b, *_) in pairs)
+        states = [[state[1:] for state in stamp.tensors] for stamp in (self, other)]
+        return alive and (self.scale, states[0]) == (other.scale, states[1])
 
 
 def sources_of(model: torch.nn.Module, adapter: str | None) -> dict[str, tuple[Source, bool]]:
@@ -68,12 +84,12 @@ def sources_of(model: torch.nn.Module, adapter: str | None) -> dict[str, tuple[S
     found: dict[str, tuple[Source, bool]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if ".lora_A." not in name and ".lora_B." not in name:
-            source = Source(tensor.detach())
+            source = Source(tensor)
             found[name.replace(".base_layer.", ".")] = source, tensor.requires_grad
     for path, module in lora_modules(model):
         if adapter is not None and adapter in module.ranks:
             weight, a, b = module.base_layer.weight, module.lora_A[adapter], module.lora_B[adapter]
-            folded = Source(weight.detach(), a.detach(), b.detach(), module.scale(adapter))
+            folded = Source(weight, a, b, module.scale(adapter))
             found[f"{path}.weight"] = folded, any(x.requires_grad for x in (weight, a, b))
     return found
 
@@ -90,11 +106,14 @@ class LiveWeights:
             )
         self.transformer, self.released = transformer, transformer.released
         self.tensors = transformer.state_dict()
-        self.stamps: dict[str, tuple | None] = {}
+        self.places = _places(transformer)
+        self.stamps: dict[str, tuple[Stamp, int] | None] = {}
 
     def is_of(self, transformer: Transformer) -> bool:
         """Whether these are the weights of `transformer`, as they lie now."""
-        return self.transformer is transformer and self.released is transformer.released
+        if self.transformer is not transformer or self.released is not transformer.released:
+            return False
+        return self.places == _places(transformer)  # moving or packing makes new tensors
 
     def update(self, source: Any) -> Update:
         """Take the weights of `source`, and prove that each one arrived.
@@ -133,15 +152,17 @@ class LiveWeights:
         for name, live in self.tensors.items():
             source, trained = found[name]
             stamp = source.stamp(trained)
-            if stamp is not None and self.stamps.get(name) == (*stamp, live._version):
-                continue
+            known = self.stamps.get(name)
+            if stamp is not None and known is not None and known[1] == version_of((live,)):
+                if stamp.same(known[0]):
+                    continue
             value = source.value(live)
             if name in self.released:
                 sums[name] = _sum_of_bits(self.released[name].write(value))
             else:
                 live.copy_(value)
                 sums[name] = _sum_of_bits(value)
-            self.stamps[name] = None if stamp is None else (*stamp, live._version)
+            self.stamps[name] = None if stamp is None else (stamp, version_of((live,)))
         return sums
 
     def _verify(self, wrote: dict[str, Tensor]) -> Update:
@@ -155,6 +176,10 @@ class LiveWeights:
         if lost := [name for name, a, b in pairs if a != b]:
             raise LoadError(f"weights did not arrive as they were written: {name_some(lost)}")
         return Update(len(self.tensors), len(wrote), sum(expected) % 2**64)
+
+
+def _places(transformer: Transformer) -> list[int]:
+    return [tensor.data_ptr() for tensor in transformer.state_dict().values()]
 
 
 def _sum_of_bits(x: Tensor | Quantized) -> Tensor:
