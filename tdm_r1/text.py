@@ -25,7 +25,6 @@ from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.loading import read_json
 
 CACHED_PROMPTS = 256  # SD3.5 at T = 333 in bf16: 2.7 MB a prompt
-_BATCH = 32  # prompts per forward of an encoder: bounds the memory of one long list
 _T5_TOKENS = 256  # diffusers' default `max_sequence_length`
 _QWEN_TOKENS = 512
 _MAX_TRACED = 2**22  # parameters of an encoder: above, computing takes longer than calling
@@ -34,11 +33,13 @@ _MAX_TRACED = 2**22  # parameters of an encoder: above, computing takes longer t
 class TextEncoder:
     """Turn prompts into a `Condition`, remembering the `cache_size` prompts used last.
 
-    A subclass encodes a list of new prompts in one batch: `_encode(prompts)` gives one
-    (tokens_TE, pooled_E or None) per prompt.
+    `batch_size` prompts go through an encoder at a time, and change each other's last bits. A
+    subclass encodes a list of new prompts in one batch: `_encode(prompts)` gives one (tokens_TE,
+    pooled_E or None) per prompt.
     """
 
     family: str
+    batch_size = 32  # bounds the memory of one long list
 
     def __init__(self, *, device: torch.device, cache_size: int = CACHED_PROMPTS) -> None:
         self.device = device
@@ -55,7 +56,8 @@ class TextEncoder:
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
             raise ConfigError(f"prompts must be a non-empty list of strings, got {prompts!r}")
-        found = self._lookup(prompts)
+        with torch.autocast(self.device.type, enabled=False):  # what is cached must not follow it
+            found = self._lookup(prompts)
         rows = [found[prompt] for prompt in prompts]
         lengths = [len(tokens) for tokens, _ in rows]
         longest = max(lengths)
@@ -78,8 +80,8 @@ class TextEncoder:
     def _lookup(self, prompts: list[str]) -> dict[str, tuple[Tensor, Tensor | None]]:
         found = {prompt: self._cache[prompt] for prompt in prompts if prompt in self._cache}
         missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in found))
-        for start in range(0, len(missing), _BATCH):
-            batch = missing[start : start + _BATCH]
+        for start in range(0, len(missing), self.batch_size):
+            batch = missing[start : start + self.batch_size]
             found.update(zip(batch, self._encode(batch), strict=True))
         for prompt, row in found.items():
             self._cache[prompt] = row
@@ -198,7 +200,9 @@ class SD3TextEncoder(TextEncoder):
         clip_BTE = torch.cat(tokens, dim=-1)
         clip_BTE = F.pad(clip_BTE, (0, self.width - clip_BTE.shape[-1]))
         tokens_BTE = torch.cat([clip_BTE, self._run_t5(prompts, clip_BTE)], dim=1)
-        return list(zip(tokens_BTE.unbind(), torch.cat(pooled, dim=-1).unbind(), strict=True))
+        pooled_BE = torch.cat(pooled, dim=-1)
+        # a view would keep the whole batch alive in the cache
+        return [(tokens_BTE[i].clone(), pooled_BE[i].clone()) for i in range(len(prompts))]
 
     def _run_clip(self, pair: tuple, prompts: list[str]) -> tuple[Tensor, Tensor]:
         tokenizer, features = pair
@@ -242,7 +246,7 @@ class ZImageTextEncoder(TextEncoder):
         # 512 tokens nor a mask. Id 0 is as good a pad as any.
         ids = [row + [0] * (longest - len(row)) for row in rows]
         hidden_BTE = self.features(torch.tensor(ids, device=self.device))
-        # a slice would keep the whole batch alive in the cache
+        # clones, as above
         return [(hidden_BTE[i, : len(row)].clone(), None) for i, row in enumerate(rows)]
 
 

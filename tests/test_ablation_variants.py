@@ -211,7 +211,7 @@ def test_the_frozen_surrogate_was_trained_on_the_generator_before_its_first_step
     monkeypatch.setattr(module, "PreferenceAlone", Teacher)
     variant = module.Variant("", Pupil, pretrained=True)
     settings = [*tiny_settings(sd3_dir, bright), "iterations=2"]
-    result = module.train(variant, 3, settings, tmp_path / "work", {"reward": 0.0})
+    result = module.train(variant, 3, settings, tmp_path / "work", {"reward": 0.0, "panel": {}})
     generator, surrogate = trained[-1]
     assert len(trained) == len(followed) == len(result["rewards"]) == 2
     assert {row[0] for row in trained} == {generator} == {followed[0][0]}

@@ -25,7 +25,7 @@ _SHOWN = ("reward", "sft_loss", "fake_loss", "surrogate_margin")
 class Progress:
     """Rank 0's bar and log; does nothing where `enabled` is false."""
 
-    def __init__(self, recipe: Recipe, start: int, *, enabled: bool) -> None:
+    def __init__(self, recipe: Recipe, start: int, *, resumed: bool, enabled: bool) -> None:
         """`start`: how many iterations are done already."""
         self.enabled, self.output = enabled, Path(recipe.output)
         self.bar = tqdm(
@@ -33,10 +33,11 @@ class Progress:
         )
         if not enabled:
             return
-        if not start:
+        if not resumed:
             pages.forget(self.output)
         self.file = _open_log(self.output / "metrics.jsonl")
-        self.report = Report(recipe.report_to, self.output, identity.values(recipe), start)
+        settings = identity.values(recipe)
+        self.report = Report(recipe.report_to, self.output, settings, start, resumed=resumed)
 
     def update(self, iteration: int, metrics: dict[str, Any]) -> None:
         """One finished iteration."""

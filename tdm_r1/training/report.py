@@ -38,13 +38,15 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in output/tensorboard."""
 
-    def __init__(self, output: Path, settings: dict[str, Any], iteration: int) -> None:
+    def __init__(
+        self, output: Path, settings: dict[str, Any], iteration: int, *, resumed: bool
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = output / "tensorboard"
         # A resumed run writes its iterations again; those of the lost attempt are not shown.
-        self.writer = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
-        if not iteration:
+        self.writer = SummaryWriter(str(folder), purge_step=iteration + 1 if resumed else None)
+        if not resumed:
             self.writer.add_text("recipe", f"```\n{json.dumps(settings, indent=1)}\n```", 0)
 
     def log(self, iteration: int, numbers: dict[str, float]) -> None:
@@ -66,14 +68,16 @@ class TensorBoard:
 class Wandb:
     """One run of Weights & Biases, gone on with when training is resumed."""
 
-    def __init__(self, output: Path, settings: dict[str, Any], iteration: int) -> None:
+    def __init__(
+        self, output: Path, settings: dict[str, Any], iteration: int, *, resumed: bool
+    ) -> None:
         import wandb
 
         self.image = wandb.Image
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tdm-r1"),
             name=output.name,
-            id=_identity(output, "wandb", iteration, lambda: uuid.uuid4().hex[:12]),
+            id=_identity(output, "wandb", resumed, lambda: uuid.uuid4().hex[:12]),
             resume="allow",
             dir=str(output),
             config=settings,
@@ -97,7 +101,9 @@ class MLflow:
     Without MLFLOW_TRACKING_URI it is in output/mlflow.db, its pictures in output/mlflow.
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any], iteration: int) -> None:
+    def __init__(
+        self, output: Path, settings: dict[str, Any], iteration: int, *, resumed: bool
+    ) -> None:
         from mlflow.tracking import MlflowClient
 
         server, folder = os.environ.get("MLFLOW_TRACKING_URI"), output.resolve()
@@ -116,7 +122,7 @@ class MLflow:
                 self.client.log_param(run.info.run_id, key, value)
             return run.info.run_id
 
-        self.run = _identity(output, "mlflow", iteration, create)
+        self.run = _identity(output, "mlflow", resumed, create)
         self.client.update_run(self.run, status="RUNNING")
 
     def log(self, iteration: int, numbers: dict[str, float]) -> None:
@@ -149,13 +155,19 @@ class Report:
     """Several trackers as one. One that fails is dropped with a warning; the run goes on."""
 
     def __init__(
-        self, names: Sequence[str], output: Path, settings: dict[str, Any], iteration: int
+        self,
+        names: Sequence[str],
+        output: Path,
+        settings: dict[str, Any],
+        iteration: int,
+        *,
+        resumed: bool,
     ) -> None:
-        """`settings`: the recipe, flat. `iteration`: how many are done, 0 for a new run."""
+        """`settings`: the recipe, flat. `iteration`: how many are done."""
         self.trackers: dict[str, Tracker] = {}
         for name in names:
             with _Dropping(self, name):
-                self.trackers[name] = TRACKERS[name](output, settings, iteration)
+                self.trackers[name] = TRACKERS[name](output, settings, iteration, resumed=resumed)
 
     def log(self, iteration: int, record: dict[str, Any], prefix: str) -> None:
         """The numbers of a record, those of nested ones as "prefix/outer/inner"."""
@@ -204,11 +216,11 @@ def flatten(record: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
     return found
 
 
-def _identity(output: Path, tracker: str, iteration: int, create: Callable[[], str]) -> str:
+def _identity(output: Path, tracker: str, resumed: bool, create: Callable[[], str]) -> str:
     """The id that a run had with a tracker before it was resumed, else a new one, stored."""
     file = output / _IDS
     known = json.loads(file.read_text()) if file.is_file() else {}
-    if not iteration or tracker not in known:
+    if not resumed or tracker not in known:
         known[tracker] = create()
         file.write_text(json.dumps(known))
     return known[tracker]

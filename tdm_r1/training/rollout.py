@@ -7,7 +7,7 @@ rank or which batch it lands in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -132,25 +132,28 @@ def score_batches(
     batches: Sequence[Batch],
     reward: rewards.WeightedSum,
     clock: Clock,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Decode, score, and give every batch its advantages (statistics over ALL ranks).
 
-    A reward that fails on one rank raises RewardError on every rank, before any role changed.
+    Whatever fails on one rank raises RewardError on every rank, before any role changed. Once
+    `asked_to_stop`, which all ranks ask after every batch, the rest is left and {} returned.
     """
     values: list[np.ndarray] = []
     failure: Exception | None = None
-    try:
-        for batch in batches:
-            with clock.phase("decode"), role.precision():
-                pictures = to_output(engine.decode(batch.x[-1]), "pil")
-            prompts = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
-            with clock.phase("reward"):
-                values.append(rewards.score(reward, pictures, prompts))
-    except Exception as error:  # every rank must hear of it before the next collective
-        failure = error
+    for batch in batches:
+        try:
+            if failure is None:
+                values.append(_score(engine, role, batch, reward, clock))
+        except Exception as error:  # every rank must hear of it before the next collective
+            failure = error
+        if asked_to_stop():
+            return {}
     messages = distributed.gather(None if failure is None else describe(failure))
-    if failure is not None:
+    if isinstance(failure, RewardError):
         raise failure
+    if failure is not None:
+        raise RewardError(describe(failure)) from failure
     for number, message in enumerate(messages):
         if message is not None:
             raise RewardError(f"on rank {number}: {message}")
@@ -167,3 +170,14 @@ def score_batches(
         "reward_std": float(all_PG.std()),
         "flat_groups": flat / len(all_PG),
     }
+
+
+def _score(
+    engine: Engine, role: Role, batch: Batch, reward: rewards.WeightedSum, clock: Clock
+) -> np.ndarray:
+    """The rewards of a batch's pictures, [B]."""
+    with clock.phase("decode"), role.precision():
+        pictures = to_output(engine.decode(batch.x[-1]), "pil")
+    prompts = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
+    with clock.phase("reward"):
+        return rewards.score(reward, pictures, prompts)

@@ -63,6 +63,9 @@ class Tdm:
         self.sampler = PromptSampler(
             load_prompts(prompts.source, prompts.families, prompts.split), recipe.seed
         )
+        # What else a run has met, or a resumed one not yet, must not change a prompt's features.
+        trainer.pipeline.text.batch_size = 1
+        self._before = self.sampler.position  # where the iteration under way began to draw
         self.share = prompts_per_rank(recipe, distributed.world_size())
         self.clock = Clock()
         passes = self.share // recipe.rollout.micro_groups * recipe.distillation.boundaries
@@ -84,33 +87,42 @@ class Tdm:
         updates of the fake score that came first.
         """
         self.clock.read()  # what a skipped step has left
-        position = self.sampler.position
+        self._before = self.sampler.position
         draw = self.sampler.draw(self.recipe.rollout.num_prompts)
         try:
             with self.clock.phase("rollout"):
                 batches = self._roll_out(draw[distributed.rank() * self.share :][: self.share])
+            self._stop_here()
             metrics: dict[str, float] = {}
             if self.reward is not None:
                 role = self.trainer.roles["generator"]
                 with self.trainer.scoring():
-                    metrics = score_batches(self.engine, role, batches, self.reward, self.clock)
-            self._stop_here(position)
+                    metrics = score_batches(
+                        self.engine, role, batches, self.reward, self.clock,
+                        self.trainer.asked_to_stop,
+                    )  # fmt: skip
+            self._stop_here()
         except NotFinite:  # these prompts and their noise would only fail again
             raise
         except Exception:
-            self.sampler.position = position
+            self.sampler.position = self._before
             raise
         return metrics | self._update(iteration, batches) | self.clock.read()
 
     def _roll_out(self, groups: list[tuple[int, str]]) -> list[Batch]:
+        """A batch per micro-batch; fewer once a stop was asked for."""
         count = self.recipe.rollout.micro_groups
         parts = [groups[i : i + count] for i in range(0, len(groups), count)]
         batches, fault = [], None
-        try:
-            with self.trainer.roles["generator"].gathered():  # once for the phase, by every rank
-                batches = [self._trajectories(part) for part in parts]
-        except NumericsError as error:  # the other ranks go on to the next collective
-            fault = f"a rollout: {error}"
+        with self.trainer.roles["generator"].gathered():  # once for the phase, by every rank
+            for part in parts:
+                try:
+                    if fault is None:
+                        batches.append(self._trajectories(part))
+                except NumericsError as error:  # the other ranks go on to the next collective
+                    fault = f"a rollout: {error}"
+                if self.trainer.asked_to_stop():
+                    break
         if found := [fault for fault in distributed.gather(fault) if fault is not None]:
             raise NotFinite(f"not finite: {found[0]}")
         return batches
@@ -124,16 +136,17 @@ class Tdm:
         """The clean latents [B, C, h, w] that step k of the stored trajectory went towards."""
         return self.schedule.towards(k, batch.x[k], batch.x[k + 1])
 
-    def _stop_here(self, position: int) -> None:
+    def _stop_here(self) -> None:
         """No role has changed yet: a stop now drops the step, and its prompts come again."""
-        after, self.sampler.position = self.sampler.position, position
+        after, self.sampler.position = self.sampler.position, self._before
         self.trainer.stop_if_asked()
         self.sampler.position = after
 
     def _update(self, iteration: int, batches: list[Batch]) -> dict[str, float]:
+        extras = self.recipe.distillation.fake_updates - 1
         first = distributed.rank() * len(batches)
         steps = [self._draw_steps(iteration, first + i) for i in range(len(batches))]
-        for extra in range(1, self.recipe.distillation.fake_updates):
+        for extra in range(1, extras + 1):
             for batch, pairs in zip(batches, steps, strict=True):
                 for k, _ in pairs:
                     self._fake_only(batch, k, (self.recipe.seed, iteration, DISTIL, extra))
@@ -143,6 +156,8 @@ class Tdm:
             for slot, (k, j) in enumerate(pairs):
                 for name, value in self._backward(iteration, batch, k, j, slot).items():
                     sums.setdefault(name, []).append(value)
+            if not extras:  # only gradients are there yet
+                self._stop_here()
         if self.reinforced:
             judge, generator = (self.trainer.roles[name] for name in (self.judge, "generator"))
             with transferred(judge, generator, self.recipe.reinforcement.transfer):

@@ -61,7 +61,7 @@ class Trainer:
         identity.check_ranks(recipe)
         report.check(recipe.report_to)
         torch.manual_seed(recipe.seed)
-        self.recipe = recipe
+        self.recipe, self.resumed = recipe, resume
         self.output = Path(recipe.output)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if recipe.memory.base == "bf16" else torch.float32
@@ -137,18 +137,18 @@ class Trainer:
 
         Returns {"before", "after", "stopped"}: two evaluations, and why the guard ended it, or
         None. A few-step model is evaluated before its first iteration too: it is what training must
-        beat.
+        beat. With `checkpoint_every` the last iteration leaves a checkpoint too.
 
-        SIGINT and SIGTERM drop the step if no role has changed yet, else finish it; then a
-        checkpoint is written and Interrupted raised. A failing reward or evaluation, or
-        `skip_limit` steps in a row that are not finite, leave a checkpoint of the last whole
-        iteration; any other error may have struck halfway and writes none.
+        SIGINT and SIGTERM drop the step, at its next micro-batch, if no role has changed yet, else
+        finish it; then a checkpoint is written and Interrupted raised. A failing reward or
+        evaluation, or `skip_limit` steps in a row that are not finite, leave a checkpoint of the
+        last whole iteration; any other error may have struck halfway and writes none.
         """
         recipe, main = self.recipe, distributed.rank() == 0
         if main:
             self.output.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, self.output / "recipe.yaml")
-        progress = Progress(recipe, self.iteration, enabled=main)
+        progress = Progress(recipe, self.iteration, resumed=self.resumed, enabled=main)
         caught = (signal.SIGTERM, signal.SIGINT)
         handlers = [signal.signal(number, self._on_signal) for number in caught]
         try:
@@ -157,6 +157,9 @@ class Trainer:
             self.stop_if_asked()
             while self.iteration < recipe.iterations and self.stopped is None:
                 self._iterate(progress)
+            if self.stopped is not None:
+                self._return_to_best()
+            self.export()
         except (RewardError, NotFinite):  # raised on every rank, between two iterations
             self.save_checkpoint()
             raise
@@ -164,9 +167,6 @@ class Trainer:
             for number, handler in zip(caught, handlers, strict=True):
                 signal.signal(number, handler)
             progress.close()
-        if self.stopped is not None:
-            self._return_to_best()
-        self.export()
         for name in self.engines:
             log.info("role hash %s %s", name, self.roles[name].sha256())
         distributed.barrier()
@@ -205,8 +205,8 @@ class Trainer:
                 f"these were {metrics['skipped']}"
             )
         self.stop_if_asked()
-        every = recipe.checkpoint_every
-        saved = bool(every) and self.iteration % every == 0
+        every, last = recipe.checkpoint_every, self.iteration == recipe.iterations
+        saved = bool(every) and (last or self.iteration % every == 0)
         if saved:  # without the evaluation that may follow: a resumed run makes it again
             self.save_checkpoint()
         if self._evaluation_due():
@@ -224,13 +224,17 @@ class Trainer:
             wanted = now == self.recipe.iterations or bool(every and now % every == 0)
         return wanted and not self.history.seen(now)
 
+    def asked_to_stop(self) -> bool:
+        """Whether any rank got a signal; all of them have to ask."""
+        self.stop_signal = max(distributed.gather(self.stop_signal or 0)) or None
+        return self.stop_signal is not None
+
     def stop_if_asked(self) -> None:
         """Where every rank may stop: if any got a signal, save and raise Interrupted on all."""
-        stopped = max(distributed.gather(self.stop_signal or 0))
-        if stopped:
-            self.stop_signal = stopped
+        if self.asked_to_stop():
             self.save_checkpoint()
-            raise Interrupted(f"{signal.Signals(stopped).name} after iteration {self.iteration}")
+            name = signal.Signals(self.stop_signal or 0).name
+            raise Interrupted(f"{name} after iteration {self.iteration}")
 
     def _ema_decay(self) -> float:
         # A long average must not remember the start: (1 + n) / (10 + n) as in the usual warm-up.

@@ -58,3 +58,8 @@ def write_recipe(folder, model, **values):
 def recipe(folder, model, **values):
     """The same, loaded."""
     return load_recipe(write_recipe(folder, model, **values))
+
+
+def hashes(trainer):
+    """The hash of every role's weights."""
+    return {name: role.sha256() for name, role in trainer.roles.items()}

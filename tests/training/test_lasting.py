@@ -47,7 +47,7 @@ def test_pruning_keeps_the_best_by_the_held_out_scorer(tmp_path, sd3_dir):
     training, held_out = [0.5] * 4, [0.9, 0.2, 0.7, 0.3, 0.1]
     trainer = Trainer(scripted(tmp_path, sd3_dir, training, held_out, **values))
     results = trainer.run()
-    assert names(tmp_path) == ["checkpoint-000002", "checkpoint-000003"]
+    assert names(tmp_path) == ["checkpoint-000002", "checkpoint-000004"]
     assert trainer.history.best == 2 and results["stopped"] is None
     assert results["before"]["panel"]["held_out_reward"] == 0.9
     assert results["after"]["panel"]["held_out_reward"] == 0.1
@@ -100,6 +100,59 @@ def test_a_stop_before_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, sd3_
     found = [entry["training_reward"] for entry in resumed.history.entries]
     assert found[0] is None and found[1:] == pytest.approx([0.105, 0.205, 0.305])
     assert results["before"]["panel"]["held_out_reward"] == 0.9
+
+
+@pytest.mark.parametrize(("every", "left"), [(2, [2, 3]), (50, [3]), (0, [])])
+def test_the_last_iteration_leaves_a_checkpoint(every, left, tmp_path, sd3_dir, monkeypatch):
+    values = {"method": "sft", "iterations": 3, "checkpoint_every": every}
+    trainer = Trainer(recipe(tmp_path, sd3_dir, **values))
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "export", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.run()
+    assert names(tmp_path) == [f"checkpoint-{number:06d}" for number in left]
+    if left:
+        resumed = Trainer(recipe(tmp_path, sd3_dir, **values), resume=True)
+        assert resumed.iteration == 3
+        resumed.run()
+        assert resumed.roles["ema"].sha256() == trainer.roles["ema"].sha256()
+        Engine.from_pretrained(sd3_dir, lora=tmp_path / "run")
+
+
+def test_a_signal_during_the_export_does_not_end_it(tmp_path, sd3_dir, monkeypatch):
+    trainer = Trainer(recipe(tmp_path, sd3_dir, method="sft", iterations=1))
+    outside, export = [], trainer.export
+
+    def signalled():
+        signal.raise_signal(signal.SIGTERM)
+        export()
+
+    def handler(number, frame):
+        outside.append(number)
+
+    monkeypatch.setattr(trainer, "export", signalled)
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        trainer.run()
+        assert signal.getsignal(signal.SIGTERM) is handler and not outside
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    Engine.from_pretrained(sd3_dir, lora=tmp_path / "run")
+
+
+def test_a_run_resumed_before_its_first_iteration_keeps_its_pages(tmp_path, sd3_dir):
+    trainer = Trainer(scripted(tmp_path, sd3_dir, [], [0.9], iterations=1))
+    trainer._on_signal(signal.SIGTERM, None)
+    with pytest.raises(Interrupted, match="SIGTERM after iteration 0"):
+        trainer.run()
+    samples = tmp_path / "run" / "samples"
+    pages = {name: (samples / name).read_bytes() for name in ("before.png", "000000.png")}
+    Trainer(scripted(tmp_path, sd3_dir, [0.1], [0.8], iterations=1), resume=True).run()
+    assert {name: (samples / name).read_bytes() for name in pages} == pages
+    assert (samples / "000001.png").is_file()
 
 
 def test_a_reward_server_that_dies_costs_nothing(tmp_path, sd3_dir, monkeypatch):

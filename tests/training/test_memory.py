@@ -13,7 +13,7 @@ from tdm_r1.pipeline import load_pipeline
 from tdm_r1.training import embeddings
 from tdm_r1.training.offload import Offload
 from tdm_r1.training.trainer import Trainer
-from tests.training.common import recipe, write_recipe
+from tests.training.common import hashes, recipe, write_recipe
 
 TIGHT = {"checkpoint_blocks": True, "precompute_text": True, "offload": True, "decode_batch": 2}
 
@@ -33,10 +33,6 @@ def values(bright):
         "evaluation": {"families": ["counting"], "num_prompts": 2, "reward": "jpeg"},
         "iterations": 1,
     }
-
-
-def hashes(trainer):
-    return {name: role.sha256() for name, role in trainer.roles.items()}
 
 
 @pytest.mark.parametrize("family", ["sd3", "zimage"])

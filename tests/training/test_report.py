@@ -21,7 +21,7 @@ def picture(folder, iteration):
 
 def tell(tracker, output, start, numbers):
     """Log one number per iteration from `start` on, a picture too, and close."""
-    told = Report([tracker], output, SETTINGS, start)
+    told = Report([tracker], output, SETTINGS, start, resumed=start > 0)
     for i, value in enumerate(numbers, start=start + 1):
         told.log(i, {"reward": value, "seconds": 1}, "train")
     last = start + len(numbers)
@@ -112,6 +112,19 @@ def test_mlflow_in_a_file(tmp_path, monkeypatch):
     ]
 
 
+def test_a_run_resumed_before_its_first_iteration_is_the_same_run(tmp_path, monkeypatch):
+    seen = []
+
+    class Known:
+        def __init__(self, output, settings, iteration, *, resumed):
+            seen.append(report._identity(output, "known", resumed, lambda: f"run-{len(seen)}"))
+
+    monkeypatch.setitem(report.TRACKERS, "known", Known)
+    for resumed in (False, True, False):
+        Report(["known"], tmp_path, SETTINGS, 0, resumed=resumed)
+    assert seen == ["run-0", "run-0", "run-2"]
+
+
 @pytest.mark.parametrize("name", sorted(report.TRACKERS))
 def test_what_is_not_installed_is_named_with_the_command(name, monkeypatch):
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda module: None)
@@ -124,7 +137,7 @@ def test_a_tracker_that_fails_is_dropped_and_the_others_go_on(tmp_path, monkeypa
     seen = []
 
     class Good:
-        def __init__(self, output, settings, iteration):
+        def __init__(self, output, settings, iteration, *, resumed):
             pass
 
         def log(self, iteration, numbers):
@@ -140,7 +153,7 @@ def test_a_tracker_that_fails_is_dropped_and_the_others_go_on(tmp_path, monkeypa
     for name, made in (("bad", Bad), ("good", Good), ("worse", math.log)):
         monkeypatch.setitem(report.TRACKERS, name, made)
     with caplog.at_level(logging.WARNING):
-        told = Report(["bad", "good", "worse"], tmp_path, SETTINGS, 0)
+        told = Report(["bad", "good", "worse"], tmp_path, SETTINGS, 0, resumed=False)
         told.log(1, {"reward": 1.0}, "train")
         told.log(2, {"reward": 2.0}, "train")
         told.close()
