@@ -23,17 +23,21 @@ from tdm_r1.training import pages
 from tdm_r1.training.curves import read_metrics
 from tdm_r1.training.evaluate import NUM_SHOWN
 
-RECIPE = "tiny-sd3-shapes"
+RECIPE, OUTPUT = "tiny-sd3-shapes", "runs/demo"
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Run the demo; returns what summary.json holds. `overrides` are `a.b=value` recipe changes."""
+    """Run the demo; returns what summary.json holds. `overrides` are `a.b=value` recipe changes.
+
+    Raises ConfigError for another output than the demo's own that holds checkpoints.
+    """
     from tdm_r1.training.trainer import Trainer
 
-    recipe = load_recipe(RECIPE, ["output=runs/demo", *overrides])
+    recipe = load_recipe(RECIPE, [f"output={OUTPUT}", *overrides])
     start = time.perf_counter()
-    for stale in Path(recipe.output).glob("checkpoint-*"):  # a demo always starts anew
-        shutil.rmtree(stale)
+    if Path(recipe.output) == Path(OUTPUT):  # the demo's own, which always starts anew
+        for stale in Path(OUTPUT).glob("checkpoint-*"):
+            shutil.rmtree(stale)
     trainer = Trainer(recipe)
     shown = trainer.evaluator.prompts[:NUM_SHOWN]
     seed = recipe.evaluation.seed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, closest
@@ -9,27 +11,79 @@ from .errors import ConfigError, closest
 if TYPE_CHECKING:
     from .config import Recipe
 
+ROLES = ("generator", "fake", "surrogate")
 METHODS = ("sft", "tdm", "tdm_r1")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-_FROM_ZERO = (
-    "seed",
-    "resolution",
-    "t5_length",
-    "evaluation.every",
-    "evaluation.guard",
-    "evaluation.num_prompts",
-    "evaluation.steps",
-    "memory.gpus",
-    "memory.decode_batch",
+# (key, lowest, highest, ends); an end with a round bracket is refused itself. "*" is every role.
+_NUMBERS: tuple[tuple[str, float, float, str], ...] = (
+    ("iterations", 1, math.inf, "[]"),
+    ("seed", 0, math.inf, "[]"),
+    ("resolution", 0, math.inf, "[]"),
+    ("t5_length", 0, math.inf, "[]"),
+    ("ema_decay", 0, 1, "[]"),
+    ("checkpoint_every", 0, math.inf, "[]"),
+    ("keep_checkpoints", 1, math.inf, "[]"),
+    ("skip_limit", 1, math.inf, "[]"),
+    ("sigma_shift", 0, math.inf, "[]"),
+    ("data.num_pictures", 1, math.inf, "[]"),
+    ("data.batch_size", 1, math.inf, "[]"),
+    ("data.caption_dropout", 0, 1, "[]"),
+    ("rollout.num_prompts", 1, math.inf, "[]"),
+    ("rollout.group_size", 1, math.inf, "[]"),
+    ("rollout.micro_groups", 1, math.inf, "[]"),
+    ("rollout.steps", 1, math.inf, "[]"),
+    ("roles.rank", 1, math.inf, "[]"),
+    ("roles.alpha", 0, math.inf, "(]"),
+    ("optimizers.*.lr", 0, math.inf, "[]"),
+    ("optimizers.*.betas", 0, 1, "[)"),
+    ("optimizers.*.weight_decay", 0, math.inf, "[]"),
+    ("optimizers.*.eps", 0, math.inf, "(]"),
+    ("optimizers.*.clip", 0, math.inf, "[]"),
+    ("optimizers.*.warmup", 0, math.inf, "[]"),
+    ("distillation.cfg", 0, math.inf, "[]"),
+    ("distillation.weight_cfg", 0, math.inf, "[]"),
+    ("distillation.base_drift", 0, math.inf, "[]"),
+    ("distillation.fake_updates", 1, math.inf, "[]"),
+    ("reinforcement.tdm_weight", 0, math.inf, "[]"),
+    ("reinforcement.rl_weight", 0, math.inf, "[]"),
+    ("reinforcement.beta", 0, math.inf, "[]"),
+    ("reinforcement.rl_cfg", 0, math.inf, "[]"),
+    ("reinforcement.lag_clip", 0, math.inf, "[]"),
+    ("reinforcement.drift_gate", 0, math.inf, "[]"),
+    ("reinforcement.drift_weight", 0, math.inf, "[]"),
+    ("reinforcement.trunc_steps", 0, math.inf, "[]"),
+    ("reinforcement.reference_decay", 0, 1, "[]"),
+    ("reinforcement.transfer", 0, 1, "[]"),
+    ("evaluation.every", 0, math.inf, "[]"),
+    ("evaluation.num_prompts", 0, math.inf, "[]"),
+    ("evaluation.seed", 0, math.inf, "[]"),
+    ("evaluation.steps", 0, math.inf, "[]"),
+    ("evaluation.guidance", 0, math.inf, "[]"),
+    ("evaluation.guard", 0, math.inf, "[]"),
+    ("memory.decode_batch", 0, math.inf, "[]"),
+    ("memory.gpus", 0, math.inf, "[]"),
+    ("memory.gpu_gib", 0, math.inf, "[]"),
 )
+_HIGHEST_U = 0.98  # before the shift; above it the margin of `flow.sigma_above` leaves no level
 
 
 def validate(recipe: Recipe) -> Recipe:
     """Checks that need more than one field, or a list of allowed values. Raises ConfigError."""
+    for row in _NUMBERS:
+        _in_range(recipe, *row)
+    shift = recipe.sigma_shift or 1.0  # those of the models are larger, and leave more
+    highest = _HIGHEST_U * shift / (1 + _HIGHEST_U * (shift - 1))
+    for name in ("t_min", "t_min_reward"):
+        level = getattr(recipe.reinforcement, name)
+        if not 0 <= level <= highest:
+            raise ConfigError(
+                f"reinforcement.{name} must be from 0 to {highest}, for noise levels to be left "
+                f"above it; got {level}"
+            )
     _choice("method", recipe.method, METHODS)
     _choice("roles.kind", recipe.roles.kind, ("full", "lora"))
     for name in recipe.roles.full:
-        _choice("roles.full", name, ("generator", "fake", "surrogate"))
+        _choice("roles.full", name, ROLES)
     _choice("precision", recipe.precision, ("bf16", "fp32"))
     _choice("memory.base", recipe.memory.base, ("fp32", "bf16"))
     _choice("reinforcement.reference", recipe.reinforcement.reference, ("frozen", "ema"))
@@ -54,35 +108,7 @@ def validate(recipe: Recipe) -> Recipe:
             "evaluation.guard needs a training reward and evaluations to compare: method tdm_r1 "
             f"and evaluation.every of at least 1; got {recipe.method} and {recipe.evaluation.every}"
         )
-    for name, value in (
-        ("iterations", recipe.iterations),
-        ("rollout.num_prompts", recipe.rollout.num_prompts),
-        ("rollout.steps", recipe.rollout.steps),
-        ("rollout.micro_groups", recipe.rollout.micro_groups),
-        ("data.batch_size", recipe.data.batch_size),
-        ("distillation.fake_updates", recipe.distillation.fake_updates),
-        ("rollout.group_size", recipe.rollout.group_size),
-        ("evaluation.num_prompts", recipe.evaluation.num_prompts + 1),
-        ("data.num_pictures", recipe.data.num_pictures),
-        ("evaluation.every", recipe.evaluation.every + 1),
-        ("evaluation.guard", recipe.evaluation.guard + 1),
-        ("keep_checkpoints", recipe.keep_checkpoints),
-        ("skip_limit", recipe.skip_limit),
-        ("seed", recipe.seed + 1),
-        ("resolution", recipe.resolution + 1),
-        ("t5_length", recipe.t5_length + 1),
-        ("memory.gpus", recipe.memory.gpus + 1),
-        ("memory.decode_batch", recipe.memory.decode_batch + 1),
-        ("evaluation.steps", recipe.evaluation.steps + 1),
-    ):
-        if value < 1:
-            zero = name in _FROM_ZERO
-            raise ConfigError(f"{name} must be at least {0 if zero else 1}; got {value - zero}")
-    for name in ("t_min", "t_min_reward"):
-        level = getattr(recipe.reinforcement, name)
-        if not 0 <= level < 1:
-            raise ConfigError(f"reinforcement.{name} must be a noise level in [0, 1); got {level}")
-    for name in ("generator", "fake", "surrogate"):
+    for name in ROLES:
         optimizer = getattr(recipe.optimizers, name)
         _choice(f"optimizers.{name}.name", optimizer.name, ("adamw", "muon"))
         if optimizer.name == "muon" and recipe.zero_stage:
@@ -115,3 +141,20 @@ def _choice(name: str, value: Any, allowed: tuple) -> None:
         raise ConfigError(
             f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.{hint}"
         )
+
+
+def _in_range(recipe: Recipe, key: str, low: float, high: float, ends: str) -> None:
+    """Raises ConfigError unless the key's numbers, those of every role for a "*", are in range."""
+    for name in [key.replace("*", role) for role in ROLES] if "*" in key else [key]:
+        found = attrgetter(name)(recipe)
+        for value in found if isinstance(found, tuple) else (found,):
+            above = value > low if ends[0] == "(" else value >= low
+            below = value < high if ends[1] == ")" else value <= high
+            if math.isfinite(value) and above and below:
+                continue
+            if high == math.inf:
+                allowed = f"above {low}" if ends[0] == "(" else f"at least {low}"
+            else:
+                allowed = f"in {ends[0]}{low}, {high}{ends[1]}"
+            finite = "" if math.isfinite(value) else "finite and "
+            raise ConfigError(f"{name} must be {finite}{allowed}; got {value}")

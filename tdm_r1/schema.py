@@ -21,7 +21,11 @@ def override_key(values: dict, text: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--set {key}: '{parent}' is not a group of keys")
-    values[leaf] = yaml.safe_load(raw)
+    try:
+        values[leaf] = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        cause = str(error).splitlines()[0]
+        raise ConfigError(f"--set {key}: {raw!r} is not YAML: {cause}") from error
 
 
 def build(cls: type, values: Any, prefix: str = ""):

@@ -1,10 +1,16 @@
 """Recipes: strict keys, overrides, and that every shipped one is whole."""
 
+import dataclasses
+
+import numpy as np
 import pytest
+import torch
 import yaml
 
+from tdm_r1 import flow
 from tdm_r1.config import RECIPES, load_recipe, save_recipe
 from tdm_r1.errors import ConfigError
+from tdm_r1.recipe_checks import validate
 
 MINIMAL = {"model": "tiny-sd3", "method": "sft", "iterations": 1, "output": "runs/x"}
 
@@ -85,11 +91,67 @@ def test_overrides_are_typed(tmp_path):
             [],
             "transfer adds .*got 'full' and 1",
         ),
+        ({}, ["optimizers.fake.clip=-1"], "^optimizers.fake.clip must be at least 0; got -1.0$"),
+        ({}, ["optimizers.fake.lr=.inf"], "fake.lr must be finite and at least 0; got inf"),
+        ({}, ["optimizers.fake.betas=[0.9, 1]"], r"betas must be in \[0, 1\); got 1.0"),
+        ({}, ["optimizers.fake.betas=[0.9]"], "betas must be two numbers"),
+        ({}, ["optimizers.surrogate.eps=0"], "surrogate.eps must be above 0; got 0.0"),
+        ({}, ["ema_decay=1.5"], r"^ema_decay must be in \[0, 1\]; got 1.5$"),
+        ({}, ["roles.rank=0"], "roles.rank must be at least 1; got 0"),
+        ({}, ["reinforcement.transfer=.nan"], r"transfer must be finite and in \[0, 1\]; got nan"),
+        ({}, ["reinforcement.t_min=0.995"], "t_min must be from 0 to 0.98, .*got 0.995"),
+        ({}, ["prompts.families=[a,b"], r"--set prompts.families: '\[a,b' is not YAML: while"),
     ],
 )
 def test_bad_recipes_are_refused(values, overrides, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         load_recipe(write(tmp_path, **values), overrides)
+
+
+def numbers(tree, prefix=""):
+    """(dotted key, whole number or not, one of several or not) of every number in a recipe."""
+    for key, value in tree.items():
+        first = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(value, dict):
+            yield from numbers(value, f"{prefix}{key}.")
+        elif isinstance(first, (int, float)) and not isinstance(first, bool):
+            yield prefix + key, isinstance(first, int), isinstance(value, tuple)
+
+
+def test_no_number_of_a_recipe_may_be_negative_or_not_finite(tmp_path):
+    path = write(tmp_path)
+    found = list(numbers(dataclasses.asdict(load_recipe(path))))
+    assert len(found) > 50
+    for key, whole, several in found:
+        for bad in ("-1",) if whole else ("-1", "-1e-9", ".nan", ".inf"):
+            value = f"[{bad}, 0.5]" if several else bad
+            with pytest.raises(ConfigError, match=f"^{key} must be "):
+                load_recipe(path, [f"{key}={value}"])
+
+
+def test_the_ends_of_ranges_are_allowed(tmp_path):
+    ends = ["optimizers.fake.clip=0", "ema_decay=1", "data.caption_dropout=0", "sigma_shift=0"]
+    ends += ["reinforcement.transfer=1", "roles.kind=full", "checkpoint_every=0", "roles.rank=1"]
+    assert load_recipe(write(tmp_path), ends).optimizers.fake.clip == 0
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("name", ["t_min", "t_min_reward"])
+def test_a_lowest_level_is_refused_where_none_can_be_drawn_above_it(name, shift, tmp_path):
+    recipe = dataclasses.replace(load_recipe(write(tmp_path)), sigma_shift=shift)
+    verdicts = set()
+    for level in np.linspace(0.9, 0.9999, 200).tolist():
+        rl = dataclasses.replace(recipe.reinforcement, **{name: level})
+        try:
+            flow.sigma_above(level, shift, torch.zeros(1))
+        except ValueError:
+            verdicts.add("refused")
+            with pytest.raises(ConfigError, match=f"reinforcement.{name} must be from 0 to"):
+                validate(dataclasses.replace(recipe, reinforcement=rl))
+        else:
+            verdicts.add("drawn")
+            validate(dataclasses.replace(recipe, reinforcement=rl))
+    assert verdicts == {"refused", "drawn"}
 
 
 def test_missing_keys_files_and_names(tmp_path):

@@ -8,8 +8,9 @@ from PIL import Image
 
 from tdm_r1 import demo, shapes
 from tdm_r1.config import load_recipe
+from tdm_r1.errors import ConfigError
 from tdm_r1.pipeline import ASSETS
-from tdm_r1.training import pages
+from tdm_r1.training import pages, trainer
 
 
 def test_summary_has_what_is_promised():
@@ -45,6 +46,19 @@ def test_comparison_marks_right_and_wrong():
     left, right = label[:, :130], label[:, 140:]
     assert (left[..., 0] - left[..., 1]).max() > 100  # red: wrong
     assert (right[..., 1] - right[..., 0]).max() > 80  # green: right
+
+
+def test_only_the_demos_own_output_is_begun_anew(tmp_path, monkeypatch):
+    def refuse(recipe):
+        raise ConfigError("as in training")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer, "Trainer", refuse)
+    for output, overrides in (("runs/demo", []), ("mine", ["output=mine"])):
+        (tmp_path / output / "checkpoint-000050").mkdir(parents=True)
+        with pytest.raises(ConfigError, match="as in training"):
+            demo.run(overrides)
+    assert [path.parent.name for path in tmp_path.rglob("checkpoint-*")] == ["mine"]
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ class Remote:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
-            said = error.read(200).decode(errors="replace").strip()
+            said = _beginning(error)
             message = f"HTTP {error.code} {error.reason}" + (f": {said}" if said else "")
             if error.code == 429 or error.code >= 500:
                 raise Unavailable(message) from error
@@ -124,6 +124,14 @@ def _number(name: str, text: str, *, above: float) -> float:
     if not above < value < float("inf"):
         raise ConfigError(f"reward: remote's {name} must be a positive number; got {text!r}")
     return value
+
+
+def _beginning(error: urllib.error.HTTPError) -> str:
+    """The first 200 bytes of what a server says with an error; "" where they do not come."""
+    try:
+        return error.read(200).decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def _png(image: Image.Image) -> str:

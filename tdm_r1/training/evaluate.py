@@ -81,11 +81,11 @@ class Evaluator:
 
     def _score(self, role: Role, prompts: list[str], seed: int) -> tuple[dict[str, Any], Sample]:
         pictures = self.pictures(role, prompts, seed)
-        values = rewards.score(self.reward, pictures, prompts)
+        values = _values(self.reward, pictures, prompts)
         families = by_family(values, prompts)
         members = panel.statistics(pictures, prompts)
         if self.held_out_reward is not None:
-            other = rewards.score(self.held_out_reward, pictures, prompts)
+            other = _values(self.held_out_reward, pictures, prompts)
             members = {"held_out_reward": float(other.mean()), **members}
         result = {
             "reward": float(values.mean()),
@@ -115,6 +115,14 @@ class Evaluator:
                 )
                 images += to_output(self.engine.decode(path.x[-1]), "pil")
         return images
+
+
+def _values(
+    reward: rewards.Reward, pictures: Sequence[Image.Image], prompts: Sequence[str]
+) -> np.ndarray:
+    """A reward's values, of as many pictures at a time as are drawn at a time."""
+    parts = [slice(start, start + BATCH) for start in range(0, len(pictures), BATCH)]
+    return np.concatenate([rewards.score(reward, pictures[i], prompts[i]) for i in parts])
 
 
 def bootstrap_interval(

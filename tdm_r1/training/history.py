@@ -41,8 +41,11 @@ class History:
 
     @property
     def best(self) -> int | None:
-        """The trained iteration of the highest `score`, the earliest of equals; None before one."""
-        trained = [entry for entry in self.entries if entry["iteration"]]
+        """The trained iteration of the highest `score`, the earliest of equals; None before one.
+
+        Of the entries that can be compared with the latest one.
+        """
+        trained = [entry for entry in self._comparable() if entry["iteration"]]
         if not trained:
             return None
         return max(trained, key=lambda entry: score(entry["result"]))["iteration"]
@@ -52,12 +55,13 @@ class History:
 
         It should when at each of the last `times` > 0 evaluations the mean training reward since
         the one before had risen and the panel had fallen (`panel.fell`). One evaluation that says
-        otherwise starts the count anew.
+        otherwise starts the count anew. Panels of other members than the latest do not count.
         """
-        rewarded = [entry for entry in self.entries if entry["training_reward"] is not None]
+        entries = self._comparable()
+        rewarded = [entry for entry in entries if entry["training_reward"] is not None]
         if not times or len(rewarded) <= times:
             return None
-        start = self.entries[0]["result"]["panel"]
+        start = entries[0]["result"]["panel"]
         tail = rewarded[-times - 1 :]
         for before, now in zip(tail, tail[1:], strict=False):
             rose = now["training_reward"] > before["training_reward"]
@@ -73,6 +77,11 @@ class History:
             f"{last['training_reward']:.3f}) while the held-out panel fell at {times} evaluations "
             f"in a row ({changes})"
         )
+
+    def _comparable(self) -> list[dict[str, Any]]:
+        """The entries whose panel has the latest one's members: a resumed run may have others."""
+        members = self.result().get("panel", {}).keys()
+        return [entry for entry in self.entries if entry["result"]["panel"].keys() == members]
 
     def state(self) -> dict[str, Any]:
         """What JSON can hold of it."""

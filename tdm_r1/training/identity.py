@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,14 @@ FIXED = (
     "roles",
     "prompts",
     "data",
-    "rollout",
+    "rollout.num_prompts",
+    "rollout.group_size",
+    "rollout.steps",
+    "rollout.solver",
     "sigma_shift",
+    "optimizers.generator.name",
+    "optimizers.fake.name",
+    "optimizers.surrogate.name",
     "reinforcement.reference",
 )
 # These may change on resuming without a word: where a run is written, how long, how it is spread.
@@ -41,6 +48,7 @@ FREE = (
     "report_to",
     "evaluation",
 )
+_REMOTE = re.compile(r"\bremote\s*\([^()]*\)")
 
 
 def values(recipe: Recipe) -> dict[str, Any]:
@@ -63,7 +71,8 @@ def check_ranks(recipe: Recipe) -> None:
 def check_checkpoint(recipe: Recipe, saved: Any, path: Path) -> None:
     """Compare a recipe with the `values` that the checkpoint `path` was written with.
 
-    What is neither FIXED nor FREE (learning rates, weights of losses) may change, and is logged.
+    What is neither FIXED nor FREE (learning rates, weights of losses) may change, and is logged;
+    so may the options of a remote reward, which say where and how it is asked.
 
     Raises:
         LoadError: the checkpoint is of another run, or does not say; names the key and both values.
@@ -74,13 +83,19 @@ def check_checkpoint(recipe: Recipe, saved: Any, path: Path) -> None:
         before = saved.get(key, value)  # a key that is younger than the checkpoint says nothing
         if before == value or _under(key, FREE):
             continue
-        if _under(key, FIXED):
+        if _under(key, FIXED) and not _same_reward(key, before, value):
             raise LoadError(f"{path} was written with {key} {before!r}, this is {value!r}")
         log.warning("%s was written with %s %r; from here on it is %r", path, key, before, value)
 
 
 def _under(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _same_reward(key: str, before: Any, value: Any) -> bool:
+    """Whether two specs of the reward differ in options of `remote(...)` alone."""
+    specs = [_REMOTE.sub("remote", str(spec)) for spec in (before, value)]
+    return key == "reward" and specs[0] == specs[1]
 
 
 def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdm_r1.config import Optimizer
+from tdm_r1.errors import LoadError
 
 _MATRICES = (".attn", ".ff", ".attention.", ".feed_forward.")  # in SD3's and in Z-Image's blocks
 
@@ -87,15 +88,21 @@ def state_tensors(optimizer) -> tuple[dict[str, Tensor], list[int]]:
 
 
 def load_state(optimizer, tensors: Mapping[str, Tensor], steps: list[int]) -> None:
-    """Inverse of `state_tensors`. Raises ValueError if the parameters are not as many."""
+    """Inverse of `state_tensors`.
+
+    Raises LoadError if the parameters are not as many, or a moment has not its parameter's shape.
+    """
     parameters = _parameters(optimizer)
     if len(parameters) != len(steps):
-        raise ValueError(
+        raise LoadError(
             f"the checkpoint's optimizer has {len(steps)} tensors, this one {len(parameters)}"
         )
     for name, tensor in tensors.items():
         index, slot = name.split(".", 1)
         parameter = parameters[int(index)]
+        if tensor.shape != parameter.shape:
+            shape, wanted = list(tensor.shape), list(parameter.shape)
+            raise LoadError(f"the checkpoint's optimizer slot {name} is {shape}, not {wanted}")
         optimizer.state[parameter][slot] = tensor.to(parameter.device)
     for parameter, step in zip(parameters, steps, strict=True):
         if step:

@@ -16,6 +16,7 @@ import torch
 from tdm_r1.config import Recipe, prompts_per_rank
 from tdm_r1.errors import ConfigError
 from tdm_r1.prompts import load_prompts
+from tdm_r1.recipe_checks import validate
 from tdm_r1.training.budget import (
     Phase,
     forwards_per_picture,
@@ -159,12 +160,12 @@ def _current(recipe: Recipe, key: str) -> Any:
 
 
 def _applies(plan: Plan, key: str, value: Any) -> bool:
+    try:
+        validate(turned(plan.recipe, key, value))
+    except ConfigError:
+        return False
     if key == "zero_stage":
-        if value == 3 and (plan.recipe.roles.kind == "lora" or plan.recipe.compile):
-            return False
-        trained = (getattr(plan.recipe.optimizers, name) for name in TRAINED[plan.recipe.method])
-        matrices = any(optimizer.name == "muon" for optimizer in trained)  # ZeRO cuts them
-        return plan.gpus > 1 and plan.recipe.zero_stage < value and not matrices
+        return plan.gpus > 1 and plan.recipe.zero_stage < value
     if key == "rollout.micro_groups":
         return plan.recipe.method != "sft"
     batch = plan.recipe.memory.decode_batch

@@ -22,7 +22,7 @@ IMAGES = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
 class Server:
     """Answers each request by the next of `answers`: (status, body), or a function of the request.
 
-    The last answer is given for good.
+    The last answer is given for good. A body that is a function is called after the head.
     """
 
     def __init__(self, *answers):
@@ -41,9 +41,12 @@ class Server:
                     return
                 status, body = answer
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Content-Length", str(100 if callable(body) else len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                if callable(body):
+                    body()
+                else:
+                    self.wfile.write(body)
 
             def log_message(self, *args):
                 pass
@@ -125,6 +128,20 @@ def test_a_server_that_stalls_times_out(serve):
     start = time.perf_counter()
     assert score(reward, IMAGES, PROMPTS).tolist() == [3, 4]
     assert pauses == [7] and time.perf_counter() - start < 4
+    over.set()
+
+
+@pytest.mark.parametrize(("status", "asked_again"), [(503, True), (400, False)])
+def test_an_error_whose_text_does_not_come_is_one_all_the_same(serve, status, asked_again):
+    over = threading.Event()
+    server = serve((status, lambda: over.wait(5)), scores(3, 4))
+    reward, pauses = asked(server.url, delays=(7,), timeout=0.1)
+    if asked_again:
+        assert score(reward, IMAGES, PROMPTS).tolist() == [3, 4]
+    else:
+        with pytest.raises(RewardError, match=rf"{server.url} refused: HTTP {status} [\w ]+$"):
+            score(reward, IMAGES, PROMPTS)
+    assert pauses == [7] * asked_again
     over.set()
 
 

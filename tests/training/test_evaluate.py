@@ -1,9 +1,13 @@
-"""Evaluation: how scores are grouped."""
+"""Evaluation: how scores are grouped, and how many pictures a reward gets at a time."""
 
 import numpy as np
+import pytest
+from PIL import Image
 
 from tdm_r1 import geneval
-from tdm_r1.training.evaluate import by_family
+from tdm_r1.pipeline import load_pipeline
+from tdm_r1.training.evaluate import BATCH, NUM_SHOWN, Evaluator, by_family
+from tests.training.common import recipe
 
 
 def test_scores_are_grouped_by_the_worlds_families_and_genevals_tasks():
@@ -18,3 +22,25 @@ def test_the_six_task_mean_does_not_depend_on_the_number_of_prompts_per_task():
     families = by_family(values, prompts)
     assert tuple(families) == geneval.TASKS
     assert np.mean(list(families.values())) == 1 / 6 != values.mean()
+
+
+def test_rewards_get_as_many_pictures_at_a_time_as_are_drawn(tmp_path, sd3_dir, monkeypatch):
+    values = {"families": ["counting"], "num_prompts": 150, "held_out_reward": "jpeg"}
+    made = recipe(tmp_path, sd3_dir, evaluation=values)
+    evaluator = Evaluator(made, load_pipeline(sd3_dir, dtype="float32"))
+    greys, calls = np.random.default_rng(0).integers(0, 256, 150), []
+    pictures = [Image.new("RGB", (8, 8), (int(grey),) * 3) for grey in greys]
+
+    def judge(images, prompts):
+        calls.append(list(prompts))
+        return [float(np.asarray(image).mean()) for image in images]
+
+    monkeypatch.setattr(evaluator, "pictures", lambda role, prompts, seed: pictures)
+    monkeypatch.setattr(evaluator, "reward", judge)
+    monkeypatch.setattr(evaluator, "held_out_reward", judge)
+    result, sample = evaluator.run(None)
+    assert result["reward"] == pytest.approx(greys.mean())
+    assert result["panel"]["held_out_reward"] == pytest.approx(greys.mean())
+    assert sample.values == pytest.approx(greys[:NUM_SHOWN])
+    assert max(map(len, calls)) <= BATCH < 150
+    assert sum(calls, []) == evaluator.prompts * 2

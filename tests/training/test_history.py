@@ -73,3 +73,28 @@ def test_it_survives_json():
     assert copy.seen(30) and not copy.seen(31)
     assert copy.result(0) == evaluation(0.5) and copy.result(7) == {}
     assert copy.result() == evaluation(0.3)
+
+
+def grown(member):
+    """Two evaluations as they were, then three with one more member of the panel, after a resume.
+
+    Training rewards rise; so does what the first two are ranked by, and the new member falls.
+    """
+    history = History()
+    history.add(0, evaluation(reward=0.9))
+    history.reward(0.1)
+    history.add(10, evaluation(reward=0.95))
+    for i, value in enumerate((0.5, 0.4, 0.3), start=2):
+        history.reward(0.1 * i)
+        result = evaluation(reward=0.9)
+        result["panel"] |= {member: value, "sharpness": 1.0 + i}
+        history.add(10 * i, result)
+        yield history
+
+
+@pytest.mark.parametrize("member", ["held_out_reward", "diversity"])
+def test_only_panels_of_the_same_members_are_compared(member):
+    found = [(history.best, history.alarm(2)) for history in grown(member)]
+    assert [best for best, _ in found] == [20, 20, 20]  # not 10, whose score is of another scorer
+    assert [alarm is None for _, alarm in found] == [True, True, False]
+    assert f"{member} 0.500 -> 0.300" in found[-1][1]

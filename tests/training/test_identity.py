@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tdm_r1.config import Recipe, Roles, load_recipe
+from tdm_r1.config import Optimizers, Recipe, Roles, Rollout, load_recipe
 from tdm_r1.errors import ConfigError, LoadError
 from tdm_r1.training import distributed, identity
 
@@ -44,6 +44,9 @@ def test_ranks_must_agree(recipe, monkeypatch):
         ({"seed": 4}, "with seed 0, this is 4"),
         ({"reward": "ocr"}, "with reward 'shapes:strict', this is 'ocr'"),
         ({"roles": Roles(kind="lora")}, "with roles.kind 'full', this is 'lora'"),
+        ({"rollout": Rollout(16, 9, 4)}, "with rollout.group_size 12, this is 9"),
+        ({"rollout": Rollout(16, 12, 4, 3)}, "with rollout.steps 4, this is 3"),
+        ({"optimizers": Optimizers()}, "with optimizers.fake.name 'muon', this is 'adamw'"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(recipe, change, message):
@@ -62,6 +65,32 @@ def test_what_may_change_is_said_or_goes_without_saying(recipe, caplog):
     ]
     del saved["seed"]  # a checkpoint from before there was such a key
     identity.check_checkpoint(recipe, saved, PATH)
+
+
+def test_a_run_that_failed_may_go_on_in_smaller_steps(recipe, caplog):
+    smaller = replace(recipe, rollout=replace(recipe.rollout, micro_groups=1))
+    identity.check_checkpoint(smaller, identity.values(recipe), PATH)
+    assert "rollout.micro_groups 4; from here on it is 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("remote(url=http://a/s,timeout=60)", "remote(url=http://b:1/s, timeout=9)", True),
+        ("0.5*remote(url=http://a)+ocr", "0.5*remote(retries=1,url=http://b)+ocr", True),
+        ("0.5*remote(url=http://a)+ocr", "0.6*remote(url=http://a)+ocr", False),
+        ("remote(url=http://a)", "geneval", False),
+        ("geneval(detector=a)", "geneval(detector=b)", False),
+    ],
+)
+def test_a_reward_may_move_to_another_server(recipe, before, now, same, caplog):
+    saved = identity.values(replace(recipe, reward=before))
+    if same:
+        identity.check_checkpoint(replace(recipe, reward=now), saved, PATH)
+        assert f"reward {before!r}; from here on it is {now!r}" in caplog.text
+    else:
+        with pytest.raises(LoadError, match="written with reward"):
+            identity.check_checkpoint(replace(recipe, reward=now), saved, PATH)
 
 
 def test_a_checkpoint_that_says_nothing_is_refused(recipe):

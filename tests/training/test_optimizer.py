@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tdm_r1.config import Optimizer
+from tdm_r1.errors import LoadError
 from tdm_r1.models.loading import load_transformer
 from tdm_r1.training import optimizer as module
 from tdm_r1.training.trainer import Trainer
@@ -85,6 +86,16 @@ def test_state_survives_a_round_trip(name):
     assert all(torch.equal(params[key], other[key]) for key in params)
     with pytest.raises(ValueError, match="has 3 tensors, this one 4"):
         module.load_state(second, {}, [1, 1, 1])
+
+
+def test_a_moment_of_another_shape_is_refused():
+    config, params = Optimizer(name="adamw"), parameters()
+    optimizer = module.build(params, config)
+    step(optimizer, params, 0)
+    tensors, steps = module.state_tensors(optimizer)
+    tensors["00001.exp_avg_sq"] = tensors["00001.exp_avg_sq"][:, :1]
+    with pytest.raises(LoadError, match=r"slot 00001.exp_avg_sq is \[8, 1\], not \[8, 4\]"):
+        module.load_state(module.build(parameters(), config), tensors, steps)
 
 
 def test_sft_with_muon_resumes_bitwise(tmp_path, sd3_dir):

@@ -1,5 +1,6 @@
 """The arithmetic of `--dry-run`, against models, graphs and runs that are really there."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -257,6 +258,23 @@ def test_zero_is_no_advice_for_muon_or_one_gpu():
     with pytest.raises(ConfigError) as caught:
         plan.require_fit(plan.make_plan(adapters))
     assert "zero_stage=3" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["optimizers.fake.name=adamw", "memory.gpus=2", "memory.gpu_gib=1.2"],
+        ["reinforcement.transfer=0", "memory.gpu_gib=1.2"],
+    ],
+)
+def test_what_is_advised_is_what_a_recipe_may_say(keys):
+    made = load_recipe("tiny-sd3-shapes", keys)
+    with pytest.raises(ConfigError) as caught:
+        plan.require_fit(plan.make_plan(made))
+    advised = re.findall(r"(?:set|then|with) ([\w.]+=\w+)", str(caught.value))
+    assert advised
+    load_recipe("tiny-sd3-shapes", [*keys, *advised])
+    assert ("roles.kind=lora" in advised) == (made.reinforcement.transfer == 0)
 
 
 def test_zero_cuts_optimizer_gradients_and_weights():
