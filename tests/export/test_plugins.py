@@ -112,7 +112,7 @@ def assert_the_gate_agrees(found, wanted) -> None:
 def trt(monkeypatch):
     """A machine with a GPU of 8.9 and classic TensorRT, by its own account."""
     module = TensorRT()
-    # Of these two files alone: PyTorch itself has no GPU, and would look for it.
+    # Of these files alone: PyTorch itself has no GPU, and would look for it.
     cuda = SimpleNamespace(
         is_available=lambda: True,
         get_device_capability=lambda: (8, 9),
@@ -120,6 +120,8 @@ def trt(monkeypatch):
     )
     monkeypatch.setattr(tensorrt, "torch", SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(plugins, "torch", SimpleNamespace(cuda=cuda))
+    known = {"{}.{}".format(*cuda.get_device_capability()): None}
+    monkeypatch.setattr(tensorrt, "known_capabilities", lambda runtime: known)
     monkeypatch.setattr(tensorrt, "import_tensorrt", lambda runtime: module)
     monkeypatch.setattr(tensorrt, "import_plugins", lambda: module.plugins)
     return module
