@@ -19,6 +19,7 @@ from tdm_r1.config import Data
 from tdm_r1.errors import ConfigError
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.pipeline import Pipeline
+from tdm_r1.trajectory import DECODE_LIMIT
 
 _BATCH = 64
 
@@ -50,6 +51,7 @@ class LatentDataset:
 def load_data(config: Data, pipeline: Pipeline, seed: int) -> LatentDataset:
     """Render or read the pictures, encode them once, encode every different caption once.
 
+    At most as many pixels go through the VAE at a time as are decoded at a time.
     Raises ConfigError for a folder without usable metadata.jsonl or pictures of unequal sizes.
     """
     if config.source == "shapes":
@@ -57,16 +59,17 @@ def load_data(config: Data, pipeline: Pipeline, seed: int) -> LatentDataset:
     else:
         pictures, texts = _read_folder(Path(config.source), pipeline)
     latents = []
-    for start in range(0, len(pictures), _BATCH):
-        x = torch.from_numpy(np.stack(pictures[start : start + _BATCH]))
+    count = max(1, min(_BATCH, DECODE_LIMIT // pictures[0][..., 0].size))
+    for start in range(0, len(pictures), count):
+        x = torch.from_numpy(np.stack(pictures[start : start + count]))
         x = x.permute(0, 3, 1, 2).float().div(255).to(pipeline.device)
         with torch.no_grad():
             latents.append(pipeline.vae.encode(x).half().cpu())
     unique = [*dict.fromkeys(texts), ""]
     row = {text: i for i, text in enumerate(unique)}
-    chunks = [pipeline.text.encode(unique[i : i + 128]) for i in range(0, len(unique), 128)]
+    parts = [unique[i : i + 128] for i in range(0, len(unique), 128)]
+    condition = Condition.cat([pipeline.text.encode(part).to(device="cpu") for part in parts])
     caption_N = torch.tensor([row[text] for text in texts])
-    condition = Condition.cat(chunks).to(device="cpu")
     return LatentDataset(torch.cat(latents), caption_N, condition, pipeline.device)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tdm_r1 import Engine
 from tdm_r1.errors import ConfigError, LoadError
-from tdm_r1.training import checkpoint, distributed
+from tdm_r1.training import checkpoint, data, distributed
 from tdm_r1.training.trainer import Trainer, learning_rate
 from tests.training.common import hashes, recipe, write_recipe
 from tests.training.launch import (
@@ -80,7 +80,7 @@ def test_sft_learns(tmp_path, sd3_dir):
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
-def test_sft_reads_an_image_folder(tmp_path, sd3_dir):
+def test_sft_reads_an_image_folder(tmp_path, sd3_dir, monkeypatch):
     from PIL import Image
 
     folder = tmp_path / "pictures"
@@ -94,6 +94,17 @@ def test_sft_reads_an_image_folder(tmp_path, sd3_dir):
     )
     assert trainer.method.data.latents_NChw.shape == (4, 16, 8, 8)
     assert len(trainer.method.data.condition) == 5
+    sizes, inner = [], trainer.pipeline.vae.encode
+
+    def encode(images):
+        sizes.append(len(images))
+        return inner(images)
+
+    monkeypatch.setattr(data, "DECODE_LIMIT", 3 * 64 * 64)
+    monkeypatch.setattr(trainer.pipeline.vae, "encode", encode)
+    few = data.load_data(trainer.recipe.data, trainer.pipeline, 0)
+    assert sizes == [3, 1]
+    assert torch.allclose(few.latents_NChw, trainer.method.data.latents_NChw, atol=2e-3)
     trainer.run()
     (folder / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "x"}')
 
