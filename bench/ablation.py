@@ -233,6 +233,8 @@ def draw(rows: Sequence[dict[str, Any]], before: dict[str, Any], file: Path) -> 
     from matplotlib.ticker import MaxNLocator
 
     start = {"trained": before["reward"], "held_out": before["held_out"]["reward"]}
+    gains = [0.0, *(gain for row in rows for key in SCORES for gain in row[key]["per_seed"])]
+    margin = 0.2 * (max(gains) - min(gains)) or 0.1
     figure, axes = plt.subplots(
         1, 2, figsize=(9.5, 1.2 + 0.46 * len(rows)), sharex=True, sharey=True, layout="constrained"
     )
@@ -247,6 +249,7 @@ def draw(rows: Sequence[dict[str, Any]], before: dict[str, Any], file: Path) -> 
                 axis.plot(score["interval"], [y - 0.14] * 2, color=colour, linewidth=1.2)
         axis.set_title(f"{what}: {start[key]:.2f} before", fontsize=10)
         axis.set_xlabel("change of the strict reward", fontsize=9)
+        axis.set_xlim(min(gains) - margin, max(gains) + margin)  # bars of two seeds go beyond
         axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.tick_params(labelsize=9)
         axis.spines[["top", "right", "left"]].set_visible(False)
