@@ -68,6 +68,7 @@ class TestDamagedExports:
 
     def test_a_file_that_was_added(self, copy):
         (copy / "README.md").write_text("mine")
+        (copy / "tokenizer" / ".DS_Store").touch()
         load_exported(copy)
         (copy / "tokenizer" / "added_tokens.json").write_text('{"red": 3}')
         refused(copy, "added_tokens.json was added after the export")
