@@ -52,7 +52,7 @@ class VAE:
 
     def parameters(self) -> list[Tensor]:
         """What decoding reads."""
-        return list(self.model.parameters())
+        return self.decoder.sources
 
     def _bind(self) -> None:
         model = self.model
@@ -144,8 +144,8 @@ class Decoder:
         steps.append(self._conv(model.conv_out, model.conv_norm_out))
         self.steps: list[Callable[[Tensor], Tensor]] = steps
         modules = [model] if post_quant_conv is None else [post_quant_conv, model]
-        sources = [weight for module in modules for weight in module.parameters()]
-        self.recorded = ops.record(self._decode, sources)
+        self.sources: list[Tensor] = [w for module in modules for w in module.parameters()]
+        self.recorded = ops.record(self._decode, self.sources)
 
     def __call__(self, z_BhwC: Tensor) -> Tensor:
         """Return images_BHW3 in the model's range, about -1 to 1."""

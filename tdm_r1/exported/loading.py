@@ -61,11 +61,12 @@ def load_exported(
     if device not in ("auto", "cpu", CPU):
         raise ConfigError(f"device is {str(device)!r}; allowed with backend='onnx': 'auto', 'cpu'")
     if manifest.precision in ENGINES_ONLY:
-        engines = manifest.engines
-        instead = "" if engines is None else f"backend={engines['runtime']!r} runs its engines, and"
+        engines, instead = manifest.engines, ""
+        if engines is not None:
+            instead = f"backend={engines['runtime']!r} runs its engines, and "
         raise ConfigError(
             f"{root} is in {manifest.precision}, whose matrices ONNX Runtime does not multiply on a"
-            f" CPU; {instead} `tdm-r1-export --precision fp32` makes graphs that it runs"
+            f" CPU; {instead}`tdm-r1-export --precision fp32` makes graphs that it runs"
         )
     check_files(root, manifest)
     return open_parts(root, manifest)

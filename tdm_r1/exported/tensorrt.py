@@ -132,7 +132,7 @@ def known_capabilities(runtime: str) -> dict[str, Any]:
     TensorRT builds for the current GPU alone. Raises ConfigError as `import_tensorrt` does.
     """
     if runtime == TENSORRT:
-        return {"{}.{}".format(*torch.cuda.get_device_capability()): None}
+        return {_capability(): None}
     members = import_tensorrt(runtime).ComputeCapability.__members__.items()
     return {f"{name[2:-1]}.{name[-1]}": value for name, value in members if name[:2] == "SM"}
 
@@ -142,7 +142,7 @@ def fits_precision(capability: str, precision: str) -> bool:
     return precision != "fp8" or tuple(map(int, capability.split("."))) >= E4M3_CAPABILITY
 
 
-def _capability(device: torch.device) -> str:
+def _capability(device: torch.device | None = None) -> str:
     return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 

@@ -70,10 +70,12 @@ class Stamp(NamedTuple):
 
     def same(self, other: Stamp) -> bool:
         """Whether nothing changed in between; a tensor that is gone may have left its address."""
-        pairs = list(zip(self.tensors, other.tensors, strict=False))
-        alive = all(a() is not None and a() is b() for (a, *_), (b, *_) in pairs)
-        states = [[state[1:] for state in stamp.tensors] for stamp in (self, other)]
-        return alive and (self.scale, states[0]) == (other.scale, states[1])
+        if (self.scale, len(self.tensors)) != (other.scale, len(other.tensors)):
+            return False
+        return all(
+            mine() is not None and mine() is theirs() and state == others
+            for (mine, *state), (theirs, *others) in zip(self.tensors, other.tensors, strict=True)
+        )
 
 
 def sources_of(model: torch.nn.Module, adapter: str | None) -> dict[str, tuple[Source, bool]]:
@@ -153,9 +155,8 @@ class LiveWeights:
             source, trained = found[name]
             stamp = source.stamp(trained)
             known = self.stamps.get(name)
-            if stamp is not None and known is not None and known[1] == version_of((live,)):
-                if stamp.same(known[0]):
-                    continue
+            if stamp and known and known[1] == version_of((live,)) and stamp.same(known[0]):
+                continue
             value = source.value(live)
             if name in self.released:
                 sums[name] = _sum_of_bits(self.released[name].write(value))
