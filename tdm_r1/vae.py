@@ -29,10 +29,7 @@ class VAE:
     """
 
     def __init__(self, model, *, backend: str = "auto") -> None:
-        """`model` is an AutoencoderKL, kept channels last as its convolutions want it.
-
-        On CUDA the norms between them are PyTorch's, which lay pictures out anew, unfused.
-        """
+        """`model` is an AutoencoderKL, kept channels last as its convolutions want it."""
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.dtype, self.backend = model.dtype, backend
         self._bind()

@@ -27,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from tdm_kernels import attention, fp8, glu, norm, qk_norm_rope, solver
+from tdm_kernels import attention, fp8, glu, group_norm, norm, qk_norm_rope, solver
+from tdm_kernels.reference import GroupNorm
 
 ARCHS = (80, 89, 90, 100, 120)
 FIRST_FP8_ARCH = 89
@@ -221,6 +222,17 @@ def _fp8() -> dict[str, Callable[[], Any]]:
     }
 
 
+def _vae() -> dict[str, Launch]:
+    """GroupNorm and SiLU at the widths and sizes of both models' decoder, 1024 x 1024 pixels."""
+    found = {}
+    for side, channels in ((1024, 128), (512, 256), (128, 512)):
+        x, weight = _rows(2, side, side, channels, grad=False), _rows(channels, grad=False)
+        norm_ = GroupNorm(weight, weight, 32, 1e-6)
+        for launch in capture(partial(group_norm.group_norm_silu, x, norm_)):
+            found[f"vae/{launch.kernel.__name__}_{channels}/infer"] = launch
+    return found
+
+
 def _forward_backward(call: Callable[[], Any]) -> None:
     outputs = call()
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -228,7 +240,7 @@ def _forward_backward(call: Callable[[], Any]) -> None:
 
 
 def production_launches() -> dict[str, Launch]:
-    """Return every launch of both models by name: MODEL/OP/PASS.
+    """Return every launch of both models and their VAE by name: MODEL/OP/PASS.
 
     Passes: "infer"; "train" and "backward" with all gradients; "frozen", the backward pass where
     only rows need gradients, as in adapter training; "fp8", inference in e4m3.
@@ -247,7 +259,7 @@ def production_launches() -> dict[str, Launch]:
             (found[f"{name}/infer"],) = capture(call)
     for name, call in _fp8().items():
         (found[f"{name}/fp8"],) = capture(call)
-    return _distinct(found)
+    return _distinct(found | _vae())
 
 
 def _distinct(launches: dict[str, Launch]) -> dict[str, Launch]:

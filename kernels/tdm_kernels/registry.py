@@ -157,6 +157,7 @@ TRITON_OPS = {
     "swiglu": "tdm_kernels.glu:swiglu",
     "gelu_tanh": "tdm_kernels.glu:gelu_tanh",
     "pack_linear": "tdm_kernels.linear:pack_linear",
+    "pack_conv": "tdm_kernels.group_norm:pack_conv",
     "joint_attention": "tdm_kernels.attention:joint_attention",
     "solver_step": "tdm_kernels.solver:solver_step",
 }

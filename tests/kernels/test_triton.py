@@ -11,10 +11,10 @@ from tdm_kernels import reference, registry
 from tdm_kernels.__main__ import main
 
 ROOT = Path(__file__).parents[2]
-CHECKS = "tests/kernels/triton_checks.py"
+CHECKS = [f"tests/kernels/{name}_checks.py" for name in ("triton", "conv")]
 
 
-def run_checks(interpret: bool, checks: str = CHECKS):
+def run_checks(interpret: bool, checks: str):
     """Run the checks in their own process: a kernel is decorated for the one or the other."""
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
@@ -24,14 +24,16 @@ def run_checks(interpret: bool, checks: str = CHECKS):
 
 
 @pytest.mark.slow
-def test_kernels_in_the_interpreter():
-    run_checks(interpret=True)
+@pytest.mark.parametrize("checks", CHECKS)
+def test_kernels_in_the_interpreter(checks):
+    run_checks(True, checks)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_kernels_on_the_gpu():
-    run_checks(interpret=False)
+@pytest.mark.parametrize("checks", CHECKS)
+def test_kernels_on_the_gpu(checks):
+    run_checks(False, checks)
 
 
 ROWS, VECTOR, WEIGHT, HEADS = (2, 5, 24), (2, 1, 24), (24,), (2, 5, 3, 16)
@@ -76,12 +78,14 @@ def test_refuses_tensors_of_another_device(place):
 def test_auto_takes_triton_on_cuda():
     norm = pytest.importorskip("tdm_kernels.norm")
     attention = pytest.importorskip("tdm_kernels.attention")
+    group_norm = pytest.importorskip("tdm_kernels.group_norm")
     solver = pytest.importorskip("tdm_kernels.solver")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         ops = registry.select("auto", "cuda", dtype)
         assert ops.norm_modulate is norm.norm_modulate
         assert ops == registry.select("triton", "cuda", dtype)
         assert ops.joint_attention is attention.joint_attention
+        assert ops.pack_conv is group_norm.pack_conv
         # For inference only, and yet bound by a model that also trains.
         assert ops.solver_step is solver.solver_step
     odd = registry.select("auto", "cuda", torch.bfloat16, head_dim=24)
