@@ -4,9 +4,10 @@
 
 Every op is first held to the tests' rule: at most twice the reference's error against fp64, plus
 2 ulp; one that errs more, or fails, has the reason in place of times, and the status is 1 in the
-end. Variants are timed in turn, on a GPU by its own clock: what Python takes to launch them is not
-counted. `bytes` counts each operand and each result once; the roof of a bandwidth is a copy of
-256 MB (CPU: 64 MB) on the same machine, that of attention a bf16 matrix product of 8192 (CPU: fp32,
+end. "Trained" is a forward with the gradients of the rows, as adapters need them. Variants are
+timed in turn, on a GPU by its own clock: what Python takes to launch them is not counted. `bytes`
+counts each operand and each result once; the roof of a bandwidth is a copy of 256 MB (CPU: 64 MB)
+on the same machine, that of attention and convolutions a bf16 matrix product of 8192 (CPU: fp32,
 1024). An interrupt ends the run and keeps the rows.
 """
 
@@ -15,13 +16,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tdm_kernels import reference, select
+from tdm_kernels.reference import GroupNorm
 from tdm_kernels.testing import allowed_error, in_double
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,40 +32,117 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.timing import Times, environment, interleaved, report, store
 
 LIBRARY = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
+# How many arguments, the first, are the rows of what is also timed in training.
+ROWS = {"norm_modulate": 1, "gate_residual_norm": 2, "qk_norm_rope": 2, "swiglu": 2, "gelu_tanh": 1}
 
 
 @dataclass
 class Case:
-    """One call of an op; `flops` where arithmetic, not traffic, is what it costs."""
+    """One call of an op; `flops` where arithmetic, not traffic, is what it costs.
+
+    The first `trained` arguments get the gradient of half the sum of all squared outputs.
+    """
 
     op: str
     shape: str
     args: list[Any]
     options: dict[str, Any] = field(default_factory=dict)
     flops: int = 0
+    trained: int = 0
 
-    def call(self, module: Any) -> tuple[Tensor, ...]:
-        """Outputs of the op as `module` has it."""
-        out = getattr(module, self.op)(*self.args, **self.options)
-        return out if isinstance(out, tuple) else (out,)
+    def function(self, module: Any) -> Callable[..., Any]:
+        """The op as `module` has it."""
+        return getattr(module, self.op)
+
+    def call(self, function: Callable[..., Any]) -> tuple[Tensor, ...]:
+        """Outputs of `function`, then gradients."""
+        if not self.trained:
+            return _tuple(function(*self.args, **self.options))
+        leaves = [x.detach().requires_grad_() for x in self.args[: self.trained]]
+        with torch.enable_grad():
+            out = _tuple(function(*leaves, *self.args[self.trained :], **self.options))
+        seeds = [y.detach() for y in out]
+        return (*seeds, *torch.autograd.grad(out, leaves, seeds))
+
+    def in_training(self) -> Case:
+        """The same with gradients of the rows."""
+        return replace(self, shape=f"{self.shape} trained", trained=ROWS[self.op])
+
+
+class Convolution(Case):
+    """`pack_conv` of (x, residual, W, norm's weight, norm's bias), packed at every call."""
+
+    def function(self, module: Any) -> Callable[..., Any]:
+        """The op as `module` has it."""
+
+        def call(x, residual, weight_OCKK, weight_C, bias_C):
+            norm = GroupNorm(weight_C, bias_C, 32, 1e-6)
+            return module.pack_conv(weight_OCKK, None, [weight_OCKK], norm=norm)(x, residual)
+
+        return call
 
 
 def cases(device: str, dtype: torch.dtype) -> list[Case]:
-    """The shapes of a tiny model and of one 512-pixel Z-Image; on a GPU first those of 1024."""
-    rows = [("tiny", 1, 40, 192, 3, 64), ("tiny group", 24, 40, 192, 3, 64)]
-    rows += [("Z-Image 512", 1, 1152, 3840, 30, 128)]
-    if device == "cuda":
-        large = [("Z-Image 1024", 1, 4224, 3840, 30, 128), ("SD3.5-M 1024", 1, 4429, 1536, 24, 64)]
-        rows = large + rows[::-1]
-    return [case for row in rows for case in _cases_of(*row, device, dtype)]
+    """The shapes of a tiny model and of one 512-pixel Z-Image; on a GPU what 1024 pixels need."""
+    zimage = ("Z-Image 512", 1, 1152, 3840, 30, 128)
+    if device != "cuda":
+        rows = [("tiny", 1, 40, 192, 3, 64), ("tiny group", 24, 40, 192, 3, 64), zimage]
+        return [case for row in rows for case in _rms_cases(*row, device, dtype)]
+    large = _rms_cases("Z-Image 1024", 1, 4224, 3840, 30, 128, device, dtype)
+    sd3 = _layer_norm_cases("SD3.5-M 1024", 4096, 4429, 1536, 24, 64, device, dtype)
+    vae = [(128, 1024), (256, 512), (512, 128)]  # the widest pictures of each number of channels
+    found = large + sd3 + [_convolution("VAE 1024", c, side, device, dtype) for c, side in vae]
+    found += [c.in_training() for c in (*large, *sd3) if c.op in ROWS]
+    return found + _rms_cases(*zimage, device, dtype)
 
 
-def _cases_of(name, b, t, d, heads, h, device, dtype) -> list[Case]:
+def _random(device: str) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
+    return randn
+
+
+def _tuple(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _layer_norm_cases(name, image, t, d, heads, h, device, dtype) -> list[Case]:
+    """SD3's forms: norms with a shift, of the image's rows; text rows in the tail of q and k."""
+    randn = _random(device)
+    x, branch = randn(1, image, d, dtype=dtype), randn(1, image, d, dtype=dtype)
+    gate, scale, shift = randn(3, 1, 1, d)
+    q, k, v = randn(1, t, 3, heads, h, dtype=dtype).unbind(2)
+    weights = randn(4, h)
+    tail = {"tail": (image, weights[2], weights[3])}
+    flops = 4 * heads * t * t * h
+    return [
+        Case("norm_modulate", name, [x, scale, shift]),
+        Case("norm_modulate", f"{name} two", [x, *randn(2, 2, 1, 1, d)]),
+        Case("gate_residual", name, [x, branch, gate]),
+        Case("gate_residual_norm", name, [x, branch, gate, scale, shift]),
+        Case("qk_norm_rope", name, [q, k, weights[0], weights[1]], tail),
+        Case("gelu_tanh", name, [randn(1, image, 4 * d, dtype=dtype)]),
+        Case("joint_attention", name, [q, k, v], flops=flops),
+    ]
+
+
+def _convolution(name, channels, side, device, dtype) -> Case:
+    """The second convolution of a residual block."""
+    randn = _random(device)
+    x, residual = randn(2, 1, side, side, channels, dtype=dtype)
+    weight = randn(channels, channels, 3, 3, dtype=dtype) / (3 * channels**0.5)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    args = [x, residual, weight, *randn(2, channels, dtype=dtype)]
+    flops = 2 * 9 * channels**2 * side**2
+    return Convolution("pack_conv", f"{name} {channels}", args, flops=flops)
+
+
+def _rms_cases(name, b, t, d, heads, h, device, dtype) -> list[Case]:
+    """Z-Image's forms, and both activations."""
+    randn = _random(device)
     x, branch = randn(b, t, d, dtype=dtype), randn(b, t, d, dtype=dtype)
     gate, scale = randn(b, 1, d), randn(b, 1, d)
     weights = {"branch_weight_D": randn(d), "weight_D": randn(d)}
@@ -83,11 +163,11 @@ def _cases_of(name, b, t, d, heads, h, device, dtype) -> list[Case]:
 
 def check(case: Case, ops: Any) -> float:
     """Error of the op over what is allowed. Raises RuntimeError above 1."""
-    found, like = case.call(ops), case.call(reference)
+    found, like = (case.call(case.function(module)) for module in (ops, reference))
     with in_double():
-        wide = Case(case.op, case.shape, [_double(a) for a in case.args])
-        wide.options = {key: _double(value) for key, value in case.options.items()}
-        exact = wide.call(reference)
+        args = [_double(a) for a in case.args]
+        options = {key: _double(value) for key, value in case.options.items()}
+        exact = replace(case, args=args, options=options).call(case.function(reference))
     worst = 0.0
     for a, b, c in zip(found, like, exact, strict=True):
         worst = max(worst, float((a.double() - c).abs().max() / allowed_error(b, c)))
@@ -98,17 +178,15 @@ def check(case: Case, ops: Any) -> float:
 
 def variants(case: Case, ops: Any, device: str) -> dict[str, Callable[[], Any]]:
     """What is timed: ours and the reference, and on a GPU the compiler and the library."""
-    found: dict[str, Callable[[], Any]] = {
-        "ours": lambda: case.call(ops),
-        "reference": lambda: case.call(reference),
-    }
+    functions = {"ours": case.function(ops), "reference": case.function(reference)}
     if device == "cuda":
-        compiled = torch.compile(getattr(reference, case.op), dynamic=False)
-        found["torch.compile"] = lambda: compiled(*case.args, **case.options)
-        if case.op == "joint_attention":
-            q, k, v = (x.transpose(1, 2) for x in case.args)
-            for name in LIBRARY:
-                found[name] = _library(getattr(SDPBackend, name), q, k, v)
+        functions["torch.compile"] = torch.compile(functions["reference"], dynamic=False)
+    found: dict[str, Callable[[], Any]] = {
+        name: partial(case.call, function) for name, function in functions.items()
+    }
+    if device == "cuda" and case.op == "joint_attention":
+        q, k, v = (x.transpose(1, 2) for x in case.args)
+        found |= {name: _library(getattr(SDPBackend, name), q, k, v) for name in LIBRARY}
     return found
 
 
@@ -142,7 +220,7 @@ def measure(case: Case, ops: Any, device: str, roof: dict[str, float], repeats: 
     if case.op == "joint_attention":
         calls = {name: call for name, call in calls.items() if _runs(call)}
     times = interleaved(calls, repeats=repeats, device=device)
-    operands = [*case.args, *case.options.values(), *case.call(ops)]
+    operands = [*case.args, *case.options.values(), *case.call(case.function(ops))]
     size = sum(x.numel() * x.element_size() for x in operands if isinstance(x, Tensor))
     work, peak = (case.flops, roof["flops_per_s"]) if case.flops else (size, roof["bytes_per_s"])
     row = {"op": case.op, "shape": case.shape, "error_over_allowed": round(error, 3)}
@@ -168,6 +246,8 @@ def _microseconds(times: Times) -> dict[str, float]:
 
 
 def _double(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(_double(part) for part in x)
     return x.double() if isinstance(x, Tensor) else x
 
 
@@ -192,7 +272,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.only in (None, case.op):
                 head_dim = case.args[0].shape[-1] if case.op == "joint_attention" else 64
                 try:
-                    ops = select("auto", args.device, dtype, head_dim=head_dim, grad=False)
+                    grad = case.trained > 0
+                    ops = select("auto", args.device, dtype, head_dim=head_dim, grad=grad)
                     rows.append(measure(case, ops, args.device, roof, args.repeats))
                 except KeyboardInterrupt:
                     rows.append({"op": case.op, "shape": case.shape, "skipped": "interrupted"})
@@ -202,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
                     rows.append({"op": case.op, "shape": case.shape, "error": message})
                 row = rows[-1]
                 said = row.get("speedup over") or row["error"]
-                print(f"{row['op']:19} {row['shape']:13} {said}", flush=True)
+                print(f"{row['op']:19} {row['shape']:20} {said}", flush=True)
                 store(result, args.output)
     report(result, args.output)
     return int(any("error" in row for row in rows))

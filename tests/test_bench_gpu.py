@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tdm_kernels import registry, select
 
 from bench import full_size, gpu, ops
 from tdm_r1 import flow
@@ -210,6 +211,28 @@ def test_on_gpu_has_time_for_every_part_where_all_take_theirs(tmp_path):
     assert int(clock.read_text()) <= 570
     assert seconds["bench.ops"] == 150 and seconds["bench.consistency"] == 30
     assert seconds["bench.gpu"] >= 120  # the budget of --quick is 110
+
+
+def test_ops_of_a_gpu_are_held_to_the_reference_and_name_every_form(monkeypatch):
+    small = ops._rms_cases("small", 1, 6, 64, 2, 32, "cpu", torch.float32)
+    small += ops._layer_norm_cases("small", 4, 6, 64, 2, 32, "cpu", torch.float32)
+    small += [ops._convolution("small", 32, 5, "cpu", torch.float32)]
+    for case in (*small, *(case.in_training() for case in small if case.op in ops.ROWS)):
+        bound = select("auto", "cpu", grad=case.trained > 0)
+        assert ops.check(case, bound) <= 1
+        outputs = case.call(case.function(bound))
+        assert (outputs[-1].shape == case.args[0].shape) >= (case.trained > 0), case.op
+
+    def meta(device):
+        return lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
+
+    monkeypatch.setattr(ops, "_random", meta)
+    found = ops.cases("cuda", torch.bfloat16)
+    assert len({(case.op, case.shape) for case in found}) == len(found) == 34
+    kinds = {case.op for case in found}
+    assert kinds == set(registry.TRITON_OPS) - {"pack_linear", "solver_step"}
+    in_training = {case.op for case in found if case.trained}
+    assert in_training == set(ops.ROWS)
 
 
 def test_an_op_that_fails_loses_nothing(monkeypatch, capsys, tmp_path):
