@@ -36,6 +36,10 @@ WORDS = tuple(
     "MAP NET OWL PIE BOX VAN WAX FOX STOP OPEN EXIT SALE TAXI CAFE PARK FISH MILK BOOK GOLD HOME "
     "JAZZ KIWI LOVE MOON NEXT PLAY QUIZ RAIN SHOP TREE UNIT VOTE WAVE YEAR ZONE WIND".split()
 )
+NUM_FOLDS = 4
+SPLITS = (
+    "all", "train", "test", *(f"{part}/{k}" for part in ("train", "test") for k in range(NUM_FOLDS))
+)  # fmt: skip
 FAMILIES = ("single", "two", "counting", "colours", "position", "attribution", "words")
 _SUPERSAMPLE = 4
 _GRID = (12, 22, 32, 42, 52)  # pixels; centres lie on it in both directions
@@ -100,14 +104,16 @@ def _pairs() -> list[tuple[str, str]]:
 
 @lru_cache
 def captions(family: str, split: str = "all") -> tuple[str, ...]:
-    """All captions of a family, or its `train` / `test` part (3:1, ordered by a hash).
+    """All captions of a family, or of its quarters in the order of a hash one or the others.
 
-    Raises ConfigError for an unknown family or split.
+    "test" is the first quarter and "train" the others; "test/K" is quarter K, 0 to 3, and "train/K"
+    the others: with each K in turn, every caption is held out once. Raises ConfigError for an
+    unknown family or split.
     """
     if family not in FAMILIES:
         raise ConfigError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
-    if split not in ("all", "train", "test"):
-        raise ConfigError(f"split must be all, train or test; got {split!r}")
+    if split not in SPLITS:
+        raise ConfigError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     if family == "single":
         texts = [_noun(Thing(s)) for s in SHAPES]
     elif family == "colours":
@@ -134,8 +140,10 @@ def captions(family: str, split: str = "all") -> tuple[str, ...]:
     if split == "all":
         return tuple(texts)
     order = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-    test = set(order[: len(texts) // 4])
-    return tuple(text for text in texts if (text in test) == (split == "test"))
+    part, _, k = split.partition("/")
+    first, end = (fold * len(texts) // NUM_FOLDS for fold in (int(k or 0), int(k or 0) + 1))
+    test = set(order[first:end])
+    return tuple(text for text in texts if (text in test) == (part == "test"))
 
 
 _THING = re.compile(

@@ -35,6 +35,19 @@ def test_train_and_test_captions_are_disjoint_and_complete():
         assert train | test == set(shapes.captions(family))
 
 
+def test_every_caption_is_held_out_in_one_of_the_folds():
+    for family in shapes.FAMILIES:
+        every, first = shapes.captions(family), shapes.captions(family, "test")
+        folds = [shapes.captions(family, f"test/{k}") for k in range(shapes.NUM_FOLDS)]
+        assert folds[0] == first and sorted(sum(folds, ())) == sorted(every)
+        for k, test in enumerate(folds):
+            assert len(test) in (len(every) // 4, len(every) // 4 + 1)
+            assert set(shapes.captions(family, f"train/{k}")) == set(every) - set(test)
+    for split in ("test/4", "all/0", "test/", "valid"):
+        with pytest.raises(ConfigError, match="split must be one of all, train, test, train/0"):
+            shapes.captions("two", split)
+
+
 def test_sources(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n two \n")
