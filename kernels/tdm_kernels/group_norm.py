@@ -6,9 +6,10 @@ pixels.
     y = silu((x - mean_g) / sqrt(var_g + eps) * weight + bias)
 
 Three kernels read x twice and write y once. Each slice gives every channel's mean and its sum of
-squared differences from it; they are joined into one scale and shift per image and channel (Chan,
-Golub and LeVeque, 1979); these are applied. The convolution is the library's, for inference only.
-The slices depend on P alone: a picture is the same bits in any batch.
+squared differences from it; they are joined into the mean and scale of each channel of an image
+(Chan, Golub and LeVeque, 1979); these are applied. Means are summed as differences from one of
+their values, so that a large one costs no digits. The convolution is the library's, for inference
+only. The slices depend on P and K alone: a picture is the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from tdm_kernels.reference import GroupNorm
 
 TILE = 4096  # elements a program holds at once, 16 a thread
 MAX_SLICES, MIN_SLICE = 512, 32  # programs per image, and pixels of one
+MAX_JOINED = 8192  # moments of a group that one program joins, 64 a thread
 APPLIED = 4  # tiles a program normalises with one scale and shift
 
 
@@ -43,10 +45,7 @@ def group_moments_kernel(
     x_ptr, moments_ptr, P, rows,
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program (slice s, image b): moments [B, S, 2, C] of `rows` pixels, fp32.
-
-    Summed are differences from the slice's first pixel: no cancellation where the mean is large.
-    """
+    """Program (slice s, image b): moments [B, S, 2, C] of `rows` pixels, fp32."""
     s, b = tl.program_id(0), tl.program_id(1)
     start = s * rows
     count = tl.minimum(rows, P - start)
@@ -71,10 +70,10 @@ def group_moments_kernel(
 
 @triton.jit(do_not_specialize=["P", "rows", "S"])
 def group_affine_kernel(
-    moments_ptr, weight_ptr, bias_ptr, affine_ptr, P, rows, S, eps,
+    moments_ptr, weight_ptr, affine_ptr, P, rows, S, eps,
     C: tl.constexpr, K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Program (group g, image b): affine [B, 2, C], the group's scale and shift, fp32."""
+    """Program (group g, image b): affine [B, 2, C], the channels' mean and scale, fp32."""
     g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     s = tl.arange(0, BLOCK_S)[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
@@ -84,35 +83,36 @@ def group_affine_kernel(
     squares = tl.load(place + C, mask=mask, other=0.0)
     count = tl.where(mask, tl.minimum(rows, P - s * rows), 0).to(tl.float32)
     size = P.to(tl.float32) * K
-    mean = tl.sum(count * means) / size
+    pivot = tl.load(moments_ptr + b * S * 2 * C + g * K)
+    mean = pivot + tl.sum(count * (means - pivot)) / size
     difference = means - mean
     rstd = tl.rsqrt(tl.sum(squares + count * difference * difference) / size + eps)
     c = tl.arange(0, BLOCK_K)
     weight = tl.load(weight_ptr + g * K + c, mask=c < K, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + g * K + c, mask=c < K, other=0.0).to(tl.float32)
     affine_ptr += b * 2 * C + g * K
-    tl.store(affine_ptr + c, rstd * weight, mask=c < K)
-    tl.store(affine_ptr + C + c, bias - mean * rstd * weight, mask=c < K)
+    tl.store(affine_ptr + c, tl.zeros([BLOCK_K], tl.float32) + mean, mask=c < K)
+    tl.store(affine_ptr + C + c, rstd * weight, mask=c < K)
 
 
 @triton.jit(do_not_specialize=["P"])
 def affine_silu_kernel(
-    x_ptr, affine_ptr, y_ptr, P,
+    x_ptr, affine_ptr, bias_ptr, y_ptr, P,
     C: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, image b): y = silu(x * scale + shift) of TILES times BLOCK_P pixels."""
+    """Program (i, image b): silu((x - mean) * scale + bias) of TILES times BLOCK_P pixels."""
     b = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * (TILES * BLOCK_P)
     c = tl.arange(0, BLOCK_C)[None, :]
     p = tl.arange(0, BLOCK_P)[:, None]
-    scale = tl.load(affine_ptr + b * 2 * C + c, mask=c < C, other=0.0)
-    shift = tl.load(affine_ptr + b * 2 * C + C + c, mask=c < C, other=0.0)
+    mean = tl.load(affine_ptr + b * 2 * C + c, mask=c < C, other=0.0)
+    scale = tl.load(affine_ptr + b * 2 * C + C + c, mask=c < C, other=0.0)
+    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     x_ptr += (b * P + start) * C
     y_ptr += (b * P + start) * C
     for i in range(0, TILES * BLOCK_P, BLOCK_P):
         mask = (start + i + p < P) & (c < C)
         x = tl.load(x_ptr + (i + p) * C + c, mask=mask, other=0.0).to(tl.float32)
-        y = x * scale + shift
+        y = (x - mean) * scale + bias
         tl.store(y_ptr + (i + p) * C + c, y / (1.0 + tl.exp(-y)), mask=mask)
 
 
@@ -131,8 +131,10 @@ def group_norm_silu(x_BHWC: Tensor, norm: GroupNorm) -> Tensor:
     y = torch.empty_like(x)
     if not x.numel():
         return y
-    rows = max(MIN_SLICE, -(-pixels // MAX_SLICES))
-    slices, block_c = -(-pixels // rows), next_power_of_2(c)
+    block_c, block_k = next_power_of_2(c), next_power_of_2(width)
+    most = max(1, min(MAX_SLICES, MAX_JOINED // block_k))
+    rows = max(MIN_SLICE, -(-pixels // most))
+    slices = -(-pixels // rows)
     moments = x.new_empty((b, slices, 2, c), dtype=torch.float32)
     affine = x.new_empty((b, 2, c), dtype=torch.float32)
     block_p = max(1, TILE // block_c)
@@ -140,12 +142,11 @@ def group_norm_silu(x_BHWC: Tensor, norm: GroupNorm) -> Tensor:
     with on(x):
         group_moments_kernel[(slices, b)](x, moments, pixels, rows, C=c, **tile)
         group_affine_kernel[(norm.groups, b)](
-            moments, weight, bias, affine, pixels, rows, slices, norm.eps,
-            C=c, K=width, BLOCK_S=next_power_of_2(slices), BLOCK_K=next_power_of_2(width),
-            num_warps=4,
+            moments, weight, affine, pixels, rows, slices, norm.eps,
+            C=c, K=width, BLOCK_S=next_power_of_2(slices), BLOCK_K=block_k, num_warps=4,
         )  # fmt: skip
         affine_silu_kernel[(-(-pixels // (APPLIED * block_p)), b)](
-            x, affine, y, pixels, C=c, TILES=APPLIED, **tile
+            x, affine, bias, y, pixels, C=c, TILES=APPLIED, **tile
         )
     return y
 

@@ -77,7 +77,7 @@ def test_the_budget_allows_no_spills_and_only_scalars_to_be_narrow(launches):
             assert row["narrow_loads"] <= 3 and row["narrow_stores"] <= 3, name
         if name.startswith("vae"):
             # Once per program: vectors over the channels, which lie 8 to a thread in the pixels.
-            assert row["narrow_loads"] <= 2 and row["narrow_stores"] <= 2, name
+            assert row["narrow_loads"] <= 3 and row["narrow_stores"] <= 2, name
             if "silu" in name:
                 assert not row["narrow_stores"], name
         elif name.endswith("infer"):
