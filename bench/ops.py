@@ -6,16 +6,16 @@ Every op is first held to the tests' rule: at most twice the reference's error a
 2 ulp; one that errs more, or fails, has the reason in place of times, and the status is 1 in the
 end. "Trained" is a forward with the gradients of the rows, as adapters need them. Variants are
 timed in turn, on a GPU by its own clock: what Python takes to launch them is not counted. `bytes`
-counts each operand and each result once; the roof of a bandwidth is a copy of 256 MB (CPU: 64 MB)
-on the same machine, that of attention and convolutions a bf16 matrix product of 8192 (CPU: fp32,
-1024). An interrupt ends the run and keeps the rows.
+counts each operand and each result of a pass once; the roof of a bandwidth is a copy of 256 MB
+(CPU: 64 MB) on the same machine, that of attention and convolutions a bf16 matrix product of 8192
+(CPU: fp32, 1024). An interrupt ends the run and keeps the rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -82,25 +82,35 @@ class Convolution(Case):
         return call
 
 
-def cases(device: str, dtype: torch.dtype) -> list[Case]:
-    """The shapes of a tiny model and of one 512-pixel Z-Image; on a GPU what 1024 pixels need."""
+def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """The shapes of a tiny model and of one 512-pixel Z-Image; on a GPU what 1024 pixels need.
+
+    What is made for a case is free again after the last of its kind.
+    """
     zimage = ("Z-Image 512", 1, 1152, 3840, 30, 128)
     if device != "cuda":
-        rows = [("tiny", 1, 40, 192, 3, 64), ("tiny group", 24, 40, 192, 3, 64), zimage]
-        return [case for row in rows for case in _rms_cases(*row, device, dtype)]
+        for row in (("tiny", 1, 40, 192, 3, 64), ("tiny group", 24, 40, 192, 3, 64), zimage):
+            yield from _rms_cases(*row, device, dtype)
+        return
     large = _rms_cases("Z-Image 1024", 1, 4224, 3840, 30, 128, device, dtype)
     sd3 = _layer_norm_cases("SD3.5-M 1024", 4096, 4429, 1536, 24, 64, device, dtype)
-    vae = [(128, 1024), (256, 512), (512, 128)]  # the widest pictures of each number of channels
-    found = large + sd3 + [_convolution("VAE 1024", c, side, device, dtype) for c, side in vae]
-    found += [c.in_training() for c in (*large, *sd3) if c.op in ROWS]
-    return found + _rms_cases(*zimage, device, dtype)
+    yield from large
+    yield from sd3
+    # The largest pictures with as many channels before and after.
+    for channels, side in ((128, 1024), (256, 512), (512, 256)):
+        yield _convolution("VAE 1024", channels, side, device, dtype)
+    for case in (*large, *sd3):
+        if case.op in ROWS:
+            yield case.in_training()
+    del large, sd3
+    yield from _rms_cases(*zimage, device, dtype)
 
 
 def _random(device: str) -> Callable[..., Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     return randn
 
@@ -180,6 +190,7 @@ def variants(case: Case, ops: Any, device: str) -> dict[str, Callable[[], Any]]:
     """What is timed: ours and the reference, and on a GPU the compiler and the library."""
     functions = {"ours": case.function(ops), "reference": case.function(reference)}
     if device == "cuda":
+        torch._dynamo.reset()  # it gives up on a function of many shapes
         functions["torch.compile"] = torch.compile(functions["reference"], dynamic=False)
     found: dict[str, Callable[[], Any]] = {
         name: partial(case.call, function) for name, function in functions.items()
@@ -220,7 +231,10 @@ def measure(case: Case, ops: Any, device: str, roof: dict[str, float], repeats: 
     if case.op == "joint_attention":
         calls = {name: call for name, call in calls.items() if _runs(call)}
     times = interleaved(calls, repeats=repeats, device=device)
-    operands = [*case.args, *case.options.values(), *case.call(case.function(ops))]
+    results = case.call(case.function(ops))
+    operands = [*case.args, *case.options.values(), *results]
+    if case.trained:  # the backward pass reads the rows and gradients of the outputs' size
+        operands += [*case.args[: case.trained], *results[: -case.trained]]
     size = sum(x.numel() * x.element_size() for x in operands if isinstance(x, Tensor))
     work, peak = (case.flops, roof["flops_per_s"]) if case.flops else (size, roof["bytes_per_s"])
     row = {"op": case.op, "shape": case.shape, "error_over_allowed": round(error, 3)}

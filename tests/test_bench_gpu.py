@@ -227,7 +227,7 @@ def test_ops_of_a_gpu_are_held_to_the_reference_and_name_every_form(monkeypatch)
         return lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
 
     monkeypatch.setattr(ops, "_random", meta)
-    found = ops.cases("cuda", torch.bfloat16)
+    found = list(ops.cases("cuda", torch.bfloat16))
     assert len({(case.op, case.shape) for case in found}) == len(found) == 34
     kinds = {case.op for case in found}
     assert kinds == set(registry.TRITON_OPS) - {"pack_linear", "solver_step"}
