@@ -17,22 +17,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import t as student
-from tqdm import tqdm
 
 from bench.ablation_variants import RECIPE, VARIANTS
+from bench.runs import logged, run_all
 from bench.timing import report as print_result
 from tdm_r1.config import load_recipe
 from tdm_r1.errors import ConfigError, TdmError, report
@@ -68,8 +64,18 @@ class Run(NamedTuple):
 
     def progress(self) -> int:
         """How many iterations it has logged so far, those of a surrogate trained first included."""
-        logs = [file.read_text() for file in self.work.glob("*/metrics.jsonl")]
-        return sum('"seconds"' in line for text in logs for line in text.splitlines())
+        return sum(map(logged, self.work.glob("*/metrics.jsonl")))
+
+    def tidy(self) -> None:
+        """Keep the result alone."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def length(run: Run, iterations: int) -> int:
+    """How many iterations a run makes, of a bench whose variants train for so many."""
+    if run.variant == "before":
+        return 0
+    return iterations * (1 + VARIANTS[run.variant].pretrained)
 
 
 def command(run: Run, settings: Sequence[str]) -> list[str]:
@@ -79,68 +85,6 @@ def command(run: Run, settings: Sequence[str]) -> list[str]:
     keys = [part for setting in settings for part in ("--set", setting)]
     places = ["--output", str(run.file), "--work", str(run.work)]
     return [sys.executable, "-m", "bench.ablation_variants", run.variant, *own, *places, *keys]
-
-
-def run_all(
-    runs: Sequence[Run],
-    command_of: Callable[[Run], list[str]],
-    *,
-    jobs: int,
-    threads: int,
-    iterations: int,
-) -> None:
-    """Make the runs, `jobs` at a time with `threads` each, and show how far they are.
-
-    Raises TdmError, after all have ended, if some of them failed; what they said is in their logs.
-    Runs under way are stopped when this is interrupted.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    waiting, failed = list(runs), []
-    running: dict[Run, subprocess.Popen[bytes]] = {}
-    ended = 0
-    total = sum(_length(run, iterations) for run in runs)
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it, too, stops them
-    with tqdm(total=total, unit="iteration", mininterval=1.0) as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    run = waiting.pop(0)
-                    running[run] = _launch(command_of(run), run, environment)
-                time.sleep(0.2)
-                for run in [run for run, process in running.items() if process.poll() is not None]:
-                    process = running.pop(run)
-                    ended += _length(run, iterations)
-                    shutil.rmtree(run.work, ignore_errors=True)
-                    if process.returncode or not run.file.is_file():
-                        failed.append(f"{run.name} ({_last_line(run.log)}; {run.log})")
-                bar.set_postfix_str(", ".join(run.name for run in running), refresh=False)
-                bar.update(ended + sum(run.progress() for run in running) - bar.n)
-        finally:
-            for process in running.values():
-                process.terminate()
-            for process in running.values():
-                process.wait()
-            signal.signal(signal.SIGTERM, handler)
-    if failed:
-        raise TdmError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
-
-
-def _length(run: Run, iterations: int) -> int:
-    if run.variant == "before":
-        return 0
-    return iterations * (1 + VARIANTS[run.variant].pretrained)
-
-
-def _launch(arguments: list[str], run: Run, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    shutil.rmtree(run.work, ignore_errors=True)  # of a run that was broken off
-    run.work.mkdir(parents=True)
-    with run.log.open("wb") as log:
-        return subprocess.Popen(arguments, stdout=log, stderr=log, env=environment)
-
-
-def _last_line(file: Path) -> str:
-    lines = file.read_text(errors="replace").split("\n")
-    return next((line.split("\r")[-1] for line in reversed(lines) if line.strip()), "no word")
 
 
 def load(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -340,9 +284,14 @@ def main(argv: list[str] | None = None) -> int:
         runs = prepare(args)
         missing = [] if args.aggregate else [run for run in runs if not run.file.is_file()]
         threads = max(1, torch.get_num_threads() // args.jobs)
-        options = {"jobs": args.jobs, "threads": threads, "iterations": args.iterations}
         for part in (missing[:1], missing[1:]) if missing[:1] == runs[:1] else (missing,):
-            run_all(part, lambda run: command(run, args.settings), **options)
+            run_all(
+                part,
+                lambda run: command(run, args.settings),
+                lambda run: length(run, args.iterations),
+                jobs=args.jobs,
+                threads=threads,
+            )
         result = result_of(runs)
     except KeyboardInterrupt:
         print(f"interrupted; --resume goes on from {args.output}", file=sys.stderr)

@@ -101,6 +101,13 @@ def validate(recipe: Recipe) -> Recipe:
             "reinforcement.transfer adds weights of the surrogate to the generator's, which needs "
             f"roles.kind 'full' and zero_stage 0; got {recipe.roles.kind!r} and {recipe.zero_stage}"
         )
+    splits = [split.partition("/") for split in (recipe.prompts.split, recipe.evaluation.split)]
+    parts, quarters = [part for part, _, _ in splits], {quarter or "0" for _, _, quarter in splits}
+    if recipe.method != "sft" and parts == ["train", "test"] and len(quarters) == 2:
+        raise ConfigError(
+            f"evaluation.split {recipe.evaluation.split!r} is not the quarter that prompts.split "
+            f"{recipe.prompts.split!r} holds out: end both alike"
+        )
     for name in recipe.report_to:
         _choice("report_to", name, TRACKERS)
     if recipe.evaluation.guard and (recipe.method != "tdm_r1" or not recipe.evaluation.every):

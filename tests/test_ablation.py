@@ -8,8 +8,9 @@ import time
 import pytest
 from PIL import Image
 
-from bench import ablation
-from bench.ablation import Run, aggregate, interval95, main, run_all, table
+from bench import ablation, runs
+from bench.ablation import Run, aggregate, interval95, length, main, table
+from bench.runs import run_all
 from tdm_r1.errors import TdmError
 
 # A run that takes no time: it says that it was made, and fails if a file tells it to.
@@ -115,7 +116,7 @@ def test_an_interruption_stops_the_runs_under_way(fake, tmp_path, capsys, monkey
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(ablation, "command", command)
-    monkeypatch.setattr(ablation.time, "sleep", sleep)
+    monkeypatch.setattr(runs.time, "sleep", sleep)
     handler, start = signal.getsignal(signal.SIGTERM), time.perf_counter()
     assert main(["--output", str(tmp_path)]) == 130
     assert time.perf_counter() - start < 50  # run_all waits for what it has stopped
@@ -126,23 +127,25 @@ def test_an_interruption_stops_the_runs_under_way(fake, tmp_path, capsys, monkey
 def test_runs_share_the_threads_and_tell_how_far_they_are(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['OMP_NUM_THREADS'])"
-    runs = [Run("no-kl", seed, tmp_path) for seed in (0, 1)]
+    both = [Run("no-kl", seed, tmp_path) for seed in (0, 1)]
 
     def command(run):
         return [sys.executable, "-c", code, str(run.file)]
 
-    run_all(runs, command, jobs=2, threads=3, iterations=1)
-    assert [run.file.read_text() for run in runs] == ["3", "3"]
-    runs[0].file.unlink()
+    run_all(both, command, lambda run: 1, jobs=2, threads=3)
+    assert [run.file.read_text() for run in both] == ["3", "3"]
+    both[0].file.unlink()
     with pytest.raises(TdmError, match=r"1 of 2 runs failed: no-kl-0 \(no word; "):  # no result
-        run_all(runs, lambda run: [sys.executable, "-c", ""], jobs=1, threads=1, iterations=1)
+        run_all(both, lambda run: [sys.executable, "-c", ""], lambda run: 1, jobs=1, threads=1)
     for part, lines in (("surrogate", 3), ("run", 2)):
-        (runs[0].work / part).mkdir(parents=True)
+        (both[0].work / part).mkdir(parents=True)
         records = [{"iteration": n, "seconds": 1.0, "seconds_rollout": 1.0} for n in range(lines)]
         records += [{"iteration": lines, "evaluation": {"reward": 0.5, "seed": 1}}]
         text = "".join(json.dumps(record) + "\n" for record in records)
-        (runs[0].work / part / "metrics.jsonl").write_text(text)
-    assert runs[0].progress() == 5 and runs[1].progress() == 0
+        (both[0].work / part / "metrics.jsonl").write_text(text)
+    assert both[0].progress() == 5 and both[1].progress() == 0
+    lengths = {"before": 0, "no-kl": 5, "frozen-surrogate": 10}
+    assert lengths == {name: length(Run(name, 0, tmp_path), 5) for name in lengths}
 
 
 def test_a_run_is_asked_for_as_the_user_would(tmp_path):

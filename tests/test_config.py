@@ -100,6 +100,16 @@ def test_overrides_are_typed(tmp_path):
         ({}, ["roles.rank=0"], "roles.rank must be at least 1; got 0"),
         ({}, ["reinforcement.transfer=.nan"], r"transfer must be finite and in \[0, 1\]; got nan"),
         ({}, ["reinforcement.t_min=0.995"], "t_min must be from 0 to 0.98, .*got 0.995"),
+        (
+            {"method": "tdm"},
+            ["prompts.split=train/1"],
+            "'test' is not the quarter .* 'train/1' holds",
+        ),
+        (
+            {"method": "tdm"},
+            ["evaluation.split=test/3"],
+            "'test/3' is not .* 'train' holds out: end both alike",
+        ),
         ({}, ["prompts.families=[a,b"], r"--set prompts.families: '\[a,b' is not YAML: while"),
     ],
 )
