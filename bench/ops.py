@@ -196,6 +196,9 @@ def variants(case: Case, ops: Any, device: str) -> dict[str, Callable[[], Any]]:
         name: partial(case.call, function) for name, function in functions.items()
     }
     if device == "cuda" and case.op == "joint_attention":
+        from tdm_kernels.attention import triton_attention
+
+        found["triton"] = lambda: triton_attention(*case.args)  # "ours" may be the library's
         q, k, v = (x.transpose(1, 2) for x in case.args)
         found |= {name: _library(getattr(SDPBackend, name), q, k, v) for name in LIBRARY}
     return found

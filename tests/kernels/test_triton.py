@@ -75,6 +75,49 @@ def test_refuses_tensors_of_another_device(place):
             call(**operands, tail=tail)
 
 
+def test_attention_is_cudnns_where_that_is_faster(monkeypatch, caplog):
+    attention = pytest.importorskip("tdm_kernels.attention")
+    ran = []
+    triton = lambda q, k, v, lengths: ran.append("triton") or q.flatten(2)  # noqa: E731
+    monkeypatch.setattr(attention, "triton_attention", triton)
+    monkeypatch.setattr(attention, "_failed", set())
+    half = torch.randn(3, 2, 5, 3, 16, dtype=torch.bfloat16)
+    lengths = torch.ones(2, dtype=torch.int64)
+    for capability, inputs, fused in (
+        ((9, 0), (*half,), False), ((10, 0), (*half,), False), ((8, 0), (*half,), True),
+        ((12, 0), (*half,), True), (None, (*half,), True), ((9, 0), (*half, lengths), True),
+        ((9, 0), (*half.float(),), True), ((9, 0), (half[0, :, :0], *half[1:]), True),
+    ):  # fmt: skip
+        monkeypatch.setattr(attention, "_capability", lambda device, found=capability: found)
+        out = attention.joint_attention(*inputs)
+        assert bool(ran) == fused, (capability, len(inputs))
+        ran.clear()
+        if not fused:
+            like = reference.joint_attention(*half.double()).to(out.dtype)
+            torch.testing.assert_close(out, like, atol=1e-2, rtol=2e-2)
+
+
+def test_attention_goes_on_where_cudnn_fails(monkeypatch, caplog):
+    attention = pytest.importorskip("tdm_kernels.attention")
+    asked, error = [], RuntimeError("cuDNN Frontend error: no plan")
+
+    def fails(q, k, v):
+        asked.append(q.shape)
+        raise error
+
+    monkeypatch.setattr(attention, "triton_attention", lambda q, k, v, lengths: q.flatten(2))
+    monkeypatch.setattr(attention, "cudnn_attention", fails)
+    monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "_failed", set())
+    half = torch.randn(3, 2, 5, 3, 16, dtype=torch.bfloat16)
+    for rows in (half, half, half[:, :1]):
+        assert torch.equal(attention.joint_attention(*rows), rows[0].flatten(2))
+    assert len(asked) == 2 and caplog.text.count("no plan") == 2  # once for every shape
+    error = torch.OutOfMemoryError("full")
+    with pytest.raises(torch.OutOfMemoryError):
+        attention.joint_attention(*half[:, :, :2])
+
+
 def test_auto_takes_triton_on_cuda():
     norm = pytest.importorskip("tdm_kernels.norm")
     attention = pytest.importorskip("tdm_kernels.attention")

@@ -223,11 +223,12 @@ def test_joint_attention(t, s, h, lengths, dtype):
     exact = torch.einsum("bnts,bsnh->btnh", logits.softmax(-1), v.double()).flatten(2)
     for b, length in enumerate([] if lengths is None else lengths.tolist()):
         k[b, length:], v[b, length:] = torch.nan, torch.nan
-    found = attention.joint_attention(q, k, v, lengths)
+    found = attention.triton_attention(q, k, v, lengths)
     assert found.is_contiguous()
     assert_as_good(found, like, exact)
+    assert_as_good(attention.joint_attention(q, k, v, lengths), like, exact)
     if lengths is not None:
-        assert torch.equal(attention.joint_attention(q, k, v, lengths.int()), found)
+        assert torch.equal(attention.triton_attention(q, k, v, lengths.int()), found)
 
 
 def test_attention_of_any_strides():
