@@ -188,7 +188,8 @@ def main(argv: list[str] | None = None) -> int:
         missing = [] if args.aggregate else [run for run in runs if not run.file.is_file()]
         iterations = load_recipe(RECIPE, runs[0].overrides).iterations
         threads = max(1, torch.get_num_threads() // args.jobs)
-        run_all(missing, command, lambda _: iterations, jobs=args.jobs, threads=threads)
+        if missing:
+            run_all(missing, command, lambda _: iterations, jobs=args.jobs, threads=threads)
         result = result_of(runs)
     except KeyboardInterrupt:
         print(f"interrupted; --resume goes on from {args.output}", file=sys.stderr)
