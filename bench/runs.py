@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 from tqdm import tqdm
 
 from tdm_r1.errors import TdmError
+from tdm_r1.training.distributed import GROUP
 
 
 class Run(Protocol):
@@ -60,7 +61,8 @@ def run_all(
     Raises TdmError, after all have ended, if some of them failed; what they said is in their logs.
     Runs under way are stopped when this is interrupted.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {name: value for name, value in os.environ.items() if name not in GROUP}
+    environment["OMP_NUM_THREADS"] = str(threads)
     waiting, failed = list(runs), []
     running: dict[AnyRun, subprocess.Popen[bytes]] = {}
     ended = 0

@@ -126,7 +126,9 @@ def test_an_interruption_stops_the_runs_under_way(fake, tmp_path, capsys, monkey
 
 def test_runs_share_the_threads_and_tell_how_far_they_are(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.setenv("MASTER_PORT", "1")  # of a trainer of this process
+    found = "os.environ['OMP_NUM_THREADS'] + os.environ.get('MASTER_PORT', '')"
+    code = f"import os, sys; open(sys.argv[1], 'w').write({found})"
     both = [Run("no-kl", seed, tmp_path) for seed in (0, 1)]
 
     def command(run):

@@ -23,6 +23,8 @@ from tdm_r1.training import optimizer as optimizers
 
 log = logging.getLogger(__name__)
 
+# What says to a process which group it is of: its children are of none.
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What ZeRO-3 does besides: keep nothing whole (small tensors by default), fetch nothing ahead, sum
 # gradients without a standing buffer, leave torch.nn.functional.linear alone.
 _ZERO3 = {

@@ -11,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tdm_r1.training.distributed import GROUP
+
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "tdm_r1" / "train.py"
 LIMIT = 400  # seconds
@@ -18,8 +20,7 @@ LIMIT = 400  # seconds
 
 def clean_environment():
     """Without the process group that trainers of this process have joined."""
-    joined = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in joined}
+    kept = {name: value for name, value in os.environ.items() if name not in GROUP}
     return {**kept, "OMP_NUM_THREADS": "1"}
 
 
