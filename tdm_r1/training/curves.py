@@ -90,6 +90,9 @@ def _rewards(axis: Any, steps: Records, evaluations: Records) -> None:
             right = axis.twinx()  # another reward has another scale
             right.plot(at, other, "s--", color="C2")
             right.set_ylabel("held-out reward", color="C2")
+            low, high = right.get_ylim()  # but no finer one: a small change shall look small
+            spare = max(0.0, np.ptp(axis.get_ylim()) - (high - low)) / 2
+            right.set_ylim(low - spare, high + spare)
     axis.set_ylabel("reward")
 
 

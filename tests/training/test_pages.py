@@ -115,6 +115,22 @@ def test_curves_are_drawn_from_whatever_there_is(short, tmp_path):
         assert page.size[0] > (300 if short else 1000)
 
 
+@pytest.mark.parametrize("other", [(0.72, 0.7), (-3.0, 5.0)])
+def test_a_held_out_reward_is_drawn_on_no_finer_scale(other):
+    from matplotlib.figure import Figure
+
+    axis = Figure().add_subplot()
+    ends = [
+        {"iteration": i, "evaluation": evaluation(0.3 + i / 10, held_out_reward=other[i // 4])}
+        for i in (0, 4)
+    ]
+    curves._rewards(axis, [step(1), step(2)], ends)
+    left, right = (np.ptp(drawn.get_ylim()) for drawn in axis.figure.axes)
+    assert right == pytest.approx(max(left, 1.1 * np.ptp(other)))  # with matplotlib's margins
+    low, high = axis.figure.axes[1].get_ylim()
+    assert (low + high) / 2 == pytest.approx(sum(other) / 2)
+
+
 def test_the_bar_shows_the_reward_and_where_the_time_goes():
     shown = postfix({"reward": 0.5, "seconds": 4.0, "seconds_rollout": 1.0, "seconds_reward": 2.0})
     assert shown == "reward=0.500, rollout 25%, reward 50%, rest 25%"
