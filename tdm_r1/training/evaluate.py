@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from tdm_r1.engine import Engine
 from tdm_r1.errors import ConfigError
 from tdm_r1.pipeline import Pipeline
 from tdm_r1.prompts import evaluation_prompts, load_prompts
+from tdm_r1.rewards import WeightedSum
 from tdm_r1.training import panel
 from tdm_r1.training.roles import Role
 from tdm_r1.trajectory import to_output
@@ -35,7 +36,12 @@ class Sample:
 class Evaluator:
     """The recipe's `evaluation` section, bound to a pipeline. Its `reward` "" means strict."""
 
-    def __init__(self, recipe: Recipe, pipeline: Pipeline) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        pipeline: Pipeline,
+        load_reward: Callable[[str], WeightedSum] = rewards.load_reward,
+    ) -> None:
         config = recipe.evaluation
         self.config = config
         source = config.prompts_file or recipe.prompts.source
@@ -46,9 +52,9 @@ class Evaluator:
             pools = load_prompts("shapes", config.held_out_families, "all")
             self.held_out = evaluation_prompts(pools, config.num_prompts)
         default = "shapes:strict" if source == "shapes" else recipe.reward
-        self.reward = rewards.load_reward(config.reward or default)
+        self.reward = load_reward(config.reward or default)
         other = config.held_out_reward
-        self.held_out_reward = rewards.load_reward(other) if other else None
+        self.held_out_reward = load_reward(other) if other else None
         self.pipeline = pipeline
         self.steps = config.steps or recipe.rollout.steps
         self.engine = Engine(pipeline, steps=self.steps, solver=recipe.rollout.solver)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdm_r1 import flow, rewards
+from tdm_r1 import flow
 from tdm_r1.config import prompts_per_rank
 from tdm_r1.errors import NotFinite, NumericsError
 from tdm_r1.models.conditioning import Condition
@@ -58,7 +58,7 @@ class Tdm:
         self.schedule = trainer.engine.schedule
         self.shift = recipe.sigma_shift or trainer.pipeline.shift
         self.reinforced = recipe.method == "tdm_r1"
-        self.reward = rewards.load_reward(recipe.reward) if self.reinforced else None
+        self.reward = trainer.load_reward(recipe.reward) if self.reinforced else None
         prompts = recipe.prompts
         self.sampler = PromptSampler(
             load_prompts(prompts.source, prompts.families, prompts.split), recipe.seed

@@ -12,11 +12,13 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tdm_r1 import rewards
 from tdm_r1.config import Optimizer, Recipe, save_recipe
 from tdm_r1.engine import Engine
 from tdm_r1.errors import ConfigError, LoadError, NotFinite, RewardError, TdmError
@@ -98,7 +100,8 @@ class Trainer:
         self.stopped: str | None = None  # why the guard ended the run
         self.history = History()
         self.stop_signal: int | None = None
-        self.evaluator = Evaluator(recipe, self.pipeline)
+        self.load_reward = cache(rewards.load_reward)  # one model for training and evaluation
+        self.evaluator = Evaluator(recipe, self.pipeline, self.load_reward)
         if recipe.memory.decode_batch:
             pixels = recipe.memory.decode_batch * self.pipeline.default_size**2
             self.engine.decode_limit = self.evaluator.engine.decode_limit = pixels

@@ -7,6 +7,7 @@ from PIL import Image
 from tdm_r1 import geneval
 from tdm_r1.pipeline import load_pipeline
 from tdm_r1.training.evaluate import BATCH, NUM_SHOWN, Evaluator, by_family
+from tdm_r1.training.trainer import Trainer
 from tests.training.common import recipe
 
 
@@ -22,6 +23,21 @@ def test_the_six_task_mean_does_not_depend_on_the_number_of_prompts_per_task():
     families = by_family(values, prompts)
     assert tuple(families) == geneval.TASKS
     assert np.mean(list(families.values())) == 1 / 6 != values.mean()
+
+
+def test_a_scorer_named_twice_is_loaded_once(tmp_path, sd3_dir):
+    file, loads = tmp_path / "mine.py", tmp_path / "loads"
+    lines = f"open({str(loads)!r}, 'a').write('x')", "def score(images, prompts):", "    return [0]"
+    file.write_text("\n".join(lines) + "\n")
+    spec = f"{file}:score"
+    evaluation = {"families": ["counting"], "num_prompts": 4, "reward": spec}
+    trainer = Trainer(recipe(tmp_path, sd3_dir, reward=spec, evaluation=evaluation))
+    assert loads.read_text() == "x"
+    assert trainer.method.reward is trainer.evaluator.reward
+    other = {**evaluation, "reward": f"2*{spec}", "held_out_reward": "jpeg"}
+    trainer = Trainer(recipe(tmp_path, sd3_dir, reward=spec, evaluation=other))
+    assert trainer.method.reward is not trainer.evaluator.reward
+    assert loads.read_text() == "xxx"
 
 
 def test_rewards_get_as_many_pictures_at_a_time_as_are_drawn(tmp_path, sd3_dir, monkeypatch):
