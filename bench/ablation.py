@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from scipy.stats import t as student
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python bench/ablation.py`, too
+
 from bench.ablation_variants import RECIPE, VARIANTS
 from bench.runs import logged, run_all
 from bench.timing import report as print_result
@@ -84,7 +86,8 @@ def command(run: Run, settings: Sequence[str]) -> list[str]:
     own = ["--seed", str(run.seed), "--before", str(before)] if run.variant != "before" else []
     keys = [part for setting in settings for part in ("--set", setting)]
     places = ["--output", str(run.file), "--work", str(run.work)]
-    return [sys.executable, "-m", "bench.ablation_variants", run.variant, *own, *places, *keys]
+    file = str(Path(__file__).with_name("ablation_variants.py"))
+    return [sys.executable, file, run.variant, *own, *places, *keys]
 
 
 def load(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python bench/ablation_variants.py`, too
+
 from bench.timing import environment
 from tdm_r1 import flow
 from tdm_r1.config import load_recipe

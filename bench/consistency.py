@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python bench/consistency.py`, too
+
 from bench.timing import environment, report
 from tdm_r1.engine import Engine, Trajectory
 from tdm_r1.models import lora

@@ -29,6 +29,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python bench/count.py`, too
+
 from bench.timing import report
 from tdm_r1.models import zimage
 from tdm_r1.models.conditioning import Condition

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from tdm_kernels import native
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python bench/export.py`, too
+
 from bench.timing import Times, environment, interleaved, report
 from tdm_r1.engine import Engine
 from tdm_r1.export.parity import TOLERANCE

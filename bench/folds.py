@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python bench/folds.py`, too
+
 from bench.ablation import RESULTS, interval95
 from bench.runs import logged, run_all
 from bench.timing import environment

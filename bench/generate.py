@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from tdm_kernels import native
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python bench/generate.py`, too
+
 from bench.timing import environment, interleaved, report
 from tdm_r1.engine import Engine
 from tdm_r1.models.lora_files import WEIGHTS_NAME

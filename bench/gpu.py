@@ -33,6 +33,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python bench/gpu.py`, too
+
 from bench.full_size import FAMILIES, Subject, make
 from bench.timing import Times, environment, interleaved, report, store
 from tdm_r1.engine import Engine
@@ -336,7 +338,7 @@ def _alone(family: str, share: float, options: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "part.json"
         budget = max(1.0, share - START_SECONDS)
-        command = [sys.executable, "-m", "bench.gpu", "--models", family, *options]
+        command = [sys.executable, __file__, "--models", family, *options]
         command += ["--budget", str(budget), "--output", str(file)]
         try:
             code = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=share).returncode

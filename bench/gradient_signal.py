@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python bench/gradient_signal.py`, too
+
 from bench.timing import environment, report
 from tdm_r1 import flow
 from tdm_r1.config import load_recipe

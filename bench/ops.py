@@ -29,6 +29,8 @@ from tdm_kernels.testing import allowed_error, in_double
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python bench/ops.py`, too
+
 from bench.timing import Times, environment, interleaved, report, store
 
 LIBRARY = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")

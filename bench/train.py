@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from tdm_kernels import native
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python bench/train.py`, too
+
 from bench.timing import environment, report
 from bench.train_baseline import Baseline
 from tdm_r1.config import Recipe, load_recipe

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -153,7 +154,7 @@ def test_runs_share_the_threads_and_tell_how_far_they_are(tmp_path, monkeypatch)
 def test_a_run_is_asked_for_as_the_user_would(tmp_path):
     run = Run("no-kl", 2, tmp_path)
     assert ablation.command(run, ["iterations=3"])[1:] == [
-        "-m", "bench.ablation_variants", "no-kl", "--seed", "2",
+        str(Path(ablation.__file__).with_name("ablation_variants.py")), "no-kl", "--seed", "2",
         "--before", str(tmp_path / "before.json"), "--output", str(tmp_path / "no-kl-2.json"),
         "--work", str(tmp_path / "work" / "no-kl-2"), "--set", "iterations=3",
     ]  # fmt: skip

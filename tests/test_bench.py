@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,23 @@ import torch
 from bench import gradient_signal, timing, train
 from bench.generate import main
 from bench.timing import interleaved
+
+BENCH = Path(timing.__file__).parent
+
+
+def test_every_bench_starts_by_its_path(tmp_path):
+    files = sorted(path for path in BENCH.glob("*.py") if "__main__" in path.read_text())
+    assert {"count.py", "export.py", "generate.py", "gpu.py", "ops.py"} <= {f.name for f in files}
+    root = str(BENCH.parent)
+    code = f"""
+import runpy, sys
+for file in {list(map(str, files))}:
+    sys.path[:] = [folder for folder in sys.path if folder not in ("", {root!r})]
+    for name in [name for name in sys.modules if name.split(".")[0] == "bench"]:
+        del sys.modules[name]
+    assert callable(runpy.run_path(file, run_name="script")["main"])
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize("cuda", [False, True])
