@@ -36,11 +36,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python bench/gpu.py`, too
 
 from bench.full_size import FAMILIES, Subject, make
-from bench.timing import Times, environment, interleaved, report, store
+from bench.timing import Times, environment, interleaved, report, roofs, store
 from tdm_r1.engine import Engine
 from tdm_r1.graphs import FakeGraphs
 from tdm_r1.trajectory import finish, hand_over
 
+ROOF_SIZES = {False: (8192, 2**30), True: (64, 2**16)}  # of a product, of a copy; by --tiny
 COMPILE_SECONDS = 100.0  # what must be left before a compiler is started
 STAGE_SECONDS = 6.0
 ROUNDS = 7  # the fewest of a stage: to see that it works, how long it takes, and five that count
@@ -99,36 +100,6 @@ class Clock:
 def _try(call: Callable[[], Any]) -> None:
     call()
     _wait()
-
-
-def roofs(device: torch.device, tiny: bool) -> dict[str, float]:
-    """Operations and bytes per second: products of 8192 in bf16 and e4m3, a copy of 1 GB.
-
-    "fp8" sums as `scaled_linear` does; "fp8_fast" by the shorter accumulators of Hopper.
-    """
-    side, size = (64, 2**16) if tiny else (8192, 2**30)
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
-    one = torch.ones(side, 1, device=device)
-    a8 = a.to(torch.float8_e4m3fn)
-    source = torch.randint(255, (size,), device=device, dtype=torch.uint8)
-    target = torch.empty_like(source)
-
-    def product_fp8(fast: bool) -> torch.Tensor:
-        scales = {"scale_a": one, "scale_b": one.t()}
-        dtype = torch.bfloat16
-        return torch._scaled_mm(a8, a8.t(), **scales, out_dtype=dtype, use_fast_accum=fast)
-
-    calls: dict[str, Callable[[], Any]] = {"bf16": lambda: a @ a}
-    for name, fast in (("fp8", False), ("fp8_fast", True)):
-        try:
-            product_fp8(fast)
-        except Exception:  # the others are roofs without it
-            continue
-        calls[name] = partial(product_fp8, fast)
-    every = calls | {"copy": lambda: target.copy_(source)}
-    times = interleaved(every, repeats=20, device=device)
-    found = {f"flops_per_s_{name}": 2 * side**3 / times[name].p50 * 1e3 for name in calls}
-    return found | {"bytes_per_s": 2 * size / times["copy"].p50 * 1e3}
 
 
 class Row:
@@ -266,7 +237,7 @@ def measure(args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) ->
     (family,) = args.models
     result: dict[str, Any] = {"bench": "gpu", "tiny": args.tiny, "dtype": "bfloat16"}
     result |= environment() | {"budget_s": args.budget, "compile_mode": args.compile_mode}
-    result |= {"roof": clock.cell(lambda: roofs(device, args.tiny)), "rows": []}
+    result |= {"roof": clock.cell(lambda: roofs(device, *ROOF_SIZES[args.tiny])), "rows": []}
     keep(result)
     start = clock.left
     subject = clock.cell(partial(make, family, device, torch.bfloat16, tiny=args.tiny))

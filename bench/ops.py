@@ -4,11 +4,12 @@
 
 Every op is first held to the tests' rule: at most twice the reference's error against fp64, plus
 2 ulp; one that errs more, or fails, has the reason in place of times, and the status is 1 in the
-end. "Trained" is a forward with the gradients of the rows, as adapters need them. Variants are
-timed in turn, on a GPU by its own clock: what Python takes to launch them is not counted. `bytes`
-counts each operand and each result of a pass once; the roof of a bandwidth is a copy of 256 MB
-(CPU: 64 MB) on the same machine, that of attention and convolutions a bf16 matrix product of 8192
-(CPU: fp32, 1024). An interrupt ends the run and keeps the rows.
+end. "Trained" is a forward with the gradients of the rows, as adapters need them; "e4m3" the form
+of `precision="fp8"`, whose linears are timed against bf16. Variants are timed in turn, on a GPU by
+its own clock: what Python takes to launch them is not counted. `bytes` counts each operand and each
+result of a pass once; the roof of a bandwidth is a copy of 1 GB (CPU: 64 MB) on the same machine,
+that of attention and convolutions a bf16 matrix product of 8192 (CPU: fp32, 1024), that of a linear
+one in e4m3. An interrupt ends the run and keeps the rows.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from tdm_kernels import reference, select
+from tdm_kernels import reference, reference_fp8, select
+from tdm_kernels.quantized import Quantized
 from tdm_kernels.reference import GroupNorm
+from tdm_kernels.registry import FP8_OPS
 from tdm_kernels.testing import allowed_error, in_double
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python bench/ops.py`, too
 
-from bench.timing import Times, environment, interleaved, report, store
+from bench.timing import NAMES, Times, environment, interleaved, report, roofs, store
 
 LIBRARY = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
 # How many arguments, the first, are the rows of what is also timed in training.
@@ -51,12 +54,13 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     flops: int = 0
     trained: int = 0
+    rows: ClassVar[str | None] = None  # the `rows` to `select` its op by
 
     def function(self, module: Any) -> Callable[..., Any]:
         """The op as `module` has it."""
         return getattr(module, self.op)
 
-    def call(self, function: Callable[..., Any]) -> tuple[Tensor, ...]:
+    def call(self, function: Callable[..., Any]) -> tuple[Any, ...]:
         """Outputs of `function`, then gradients."""
         if not self.trained:
             return _tuple(function(*self.args, **self.options))
@@ -66,9 +70,52 @@ class Case:
         seeds = [y.detach() for y in out]
         return (*seeds, *torch.autograd.grad(out, leaves, seeds))
 
+    def exact(self) -> tuple[Tensor, ...]:
+        """What `call` errs against, in fp64."""
+        args = [_double(a) for a in self.args]
+        options = {key: _double(value) for key, value in self.options.items()}
+        with in_double():
+            case = replace(self, args=args, options=options)
+            return case.call(case.function(reference))
+
     def in_training(self) -> Case:
         """The same with gradients of the rows."""
         return replace(self, shape=f"{self.shape} trained", trained=ROWS[self.op])
+
+    def in_e4m3(self) -> Case:
+        """The form of a linear's input whose rows leave in e4m3."""
+        return Producer(self.op, f"{self.shape} e4m3", self.args, self.options)
+
+
+class Producer(Case):
+    """An op whose rows leave in e4m3: held to the op as it is, in fp64."""
+
+    rows = "fp8"
+
+    def function(self, module: Any) -> Callable[..., Any]:
+        """The form as `module` has it."""
+        if module is reference:
+            return getattr(reference_fp8, f"{self.op}_fp8")
+        return getattr(module, self.op)
+
+    def exact(self) -> tuple[Tensor, ...]:
+        """What the op returns before its rows are quantised."""
+        return Case(self.op, self.shape, self.args, self.options).exact()
+
+
+class Linear(Producer):
+    """`pack_linear` of (x, W), x in e4m3 already: the product alone."""
+
+    def function(self, module: Any) -> Callable[..., Any]:
+        """The linear, packed once."""
+        x, weight_FD = self.args
+        packed = super().function(module)(weight_FD, None, [weight_FD])
+        return lambda x, weight_FD: packed(x)
+
+    def exact(self) -> tuple[Tensor, ...]:
+        """The product of what both stand for."""
+        x, weight_FD = self.args[0], reference_fp8.quantize_rows(self.args[1])
+        return (_double(x) @ _double(weight_FD).mT,)
 
 
 class Convolution(Case):
@@ -98,13 +145,21 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
     sd3 = _layer_norm_cases("SD3.5-M 1024", 4096, 4429, 1536, 24, 64, device, dtype)
     yield from large
     yield from sd3
+    yield _solver_step("Z-Image 1024", 16, 128, device, dtype)
     # The largest pictures with as many channels before and after.
     for channels, side in ((128, 1024), (256, 512), (512, 256)):
         yield _convolution("VAE 1024", channels, side, device, dtype)
     for case in (*large, *sd3):
         if case.op in ROWS:
             yield case.in_training()
+        if case.op in FP8_OPS:
+            yield case.in_e4m3()
     del large, sd3
+    for name, rows, width, features in (
+        ("Z-Image 1024 w1 w3", 4224, 3840, 20480), ("Z-Image 1024 w2", 4224, 10240, 3840),
+        ("SD3.5-M 1024 fc1", 4096, 1536, 6144),
+    ):  # fmt: skip
+        yield _linear(name, rows, width, features, device, dtype)
     yield from _rms_cases(*zimage, device, dtype)
 
 
@@ -139,6 +194,22 @@ def _layer_norm_cases(name, image, t, d, heads, h, device, dtype) -> list[Case]:
         Case("gelu_tanh", name, [randn(1, image, 4 * d, dtype=dtype)]),
         Case("joint_attention", name, [q, k, v], flops=flops),
     ]
+
+
+def _solver_step(name, channels, side, device, dtype) -> Case:
+    """A step of second order, from patches of 2 x 2."""
+    randn = _random(device)
+    args = [randn(1, channels, side, side), randn(1, side**2 // 4, 4 * channels, dtype=dtype)]
+    step = {"sigma": 0.6, "c_x": 0.5, "c_m": 0.7, "c_prev": -0.2, "sign": -1.0, "patch": 2}
+    return Case("solver_step", name, [*args, randn(1, channels, side, side)], step)
+
+
+def _linear(name, rows, width, features, device, dtype) -> Case:
+    """Rows with outliers, as Z-Image's feed-forward has them."""
+    randn = _random(device)
+    x = reference_fp8.quantize_rows(randn(1, rows, width, dtype=dtype) ** 3)
+    weight = randn(features, width, dtype=dtype) / width**0.5
+    return Linear("pack_linear", name, [x, weight], flops=2 * rows * width * features)
 
 
 def _convolution(name, channels, side, device, dtype) -> Case:
@@ -176,12 +247,9 @@ def _rms_cases(name, b, t, d, heads, h, device, dtype) -> list[Case]:
 def check(case: Case, ops: Any) -> float:
     """Error of the op over what is allowed. Raises RuntimeError above 1."""
     found, like = (case.call(case.function(module)) for module in (ops, reference))
-    with in_double():
-        args = [_double(a) for a in case.args]
-        options = {key: _double(value) for key, value in case.options.items()}
-        exact = replace(case, args=args, options=options).call(case.function(reference))
     worst = 0.0
-    for a, b, c in zip(found, like, exact, strict=True):
+    for *pair, c in zip(found, like, case.exact(), strict=True):
+        a, b = (y.dequantize() if isinstance(y, Quantized) else y for y in pair)
         worst = max(worst, float((a.double() - c).abs().max() / allowed_error(b, c)))
     if not worst <= 1:
         raise RuntimeError(f"{case.op} at {case.shape} errs {worst:.2g} times what is allowed")
@@ -191,12 +259,16 @@ def check(case: Case, ops: Any) -> float:
 def variants(case: Case, ops: Any, device: str) -> dict[str, Callable[[], Any]]:
     """What is timed: ours and the reference, and on a GPU the compiler and the library."""
     functions = {"ours": case.function(ops), "reference": case.function(reference)}
-    if device == "cuda":
+    linear = isinstance(case, Linear)
+    if device == "cuda" and not linear:
         torch._dynamo.reset()  # it gives up on a function of many shapes
         functions["torch.compile"] = torch.compile(functions["reference"], dynamic=False)
     found: dict[str, Callable[[], Any]] = {
         name: partial(case.call, function) for name, function in functions.items()
     }
+    if linear:
+        rows, weight_FD = case.args
+        found[NAMES[weight_FD.dtype]] = partial(F.linear, _double(rows).to(weight_FD), weight_FD)
     if device == "cuda" and case.op == "joint_attention":
         from tdm_kernels.attention import triton_attention
 
@@ -214,21 +286,6 @@ def _library(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Callable[[
     return call
 
 
-def roofs(device: str, repeats: int) -> dict[str, float]:
-    """Bytes and operations per second of this machine: a large copy, a large matrix product."""
-    large = device == "cuda"
-    source = torch.empty((256 if large else 64) * 2**20, dtype=torch.uint8, device=device)
-    side = 8192 if large else 1024
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if large else torch.float32)
-    target = torch.empty_like(source)
-    calls = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ a}
-    times = interleaved(calls, repeats=repeats, device=device)
-    return {
-        "bytes_per_s": 2 * len(source) / times["copy"].p50 * 1e3,
-        "flops_per_s": 2 * side**3 / times["matmul"].p50 * 1e3,
-    }
-
-
 def measure(case: Case, ops: Any, device: str, roof: dict[str, float], repeats: int) -> dict:
     """Check and time one case."""
     error = check(case, ops)
@@ -240,13 +297,16 @@ def measure(case: Case, ops: Any, device: str, roof: dict[str, float], repeats: 
     operands = [*case.args, *case.options.values(), *results]
     if case.trained:  # the backward pass reads the rows and gradients of the outputs' size
         operands += [*case.args[: case.trained], *results[: -case.trained]]
-    size = sum(x.numel() * x.element_size() for x in operands if isinstance(x, Tensor))
-    work, peak = (case.flops, roof["flops_per_s"]) if case.flops else (size, roof["bytes_per_s"])
+    size = sum(map(_bytes, operands))
+    peak = (
+        "bytes_per_s" if not case.flops else f"flops_per_s_{case.rows or NAMES[results[0].dtype]}"
+    )
+    work = case.flops or size
     row = {"op": case.op, "shape": case.shape, "error_over_allowed": round(error, 3)}
     per_s = work / times["ours"].p50 * 1e3
     row |= {"us": {name: _microseconds(t) for name, t in times.items()}}
     row |= {"TFLOP/s" if case.flops else "GB/s": round(per_s / (1e12 if case.flops else 1e9), 3)}
-    row |= {"% of roof": round(100 * per_s / peak, 1)}
+    row |= {"% of roof": round(100 * per_s / roof[peak], 1)}
     others = {name: t.p50 / times["ours"].p50 for name, t in times.items() if name != "ours"}
     return row | {"speedup over": {name: round(ratio, 2) for name, ratio in others.items()}}
 
@@ -264,7 +324,15 @@ def _microseconds(times: Times) -> dict[str, float]:
     return {p: round(getattr(times, p) * 1e3, 1) for p in ("p20", "p50", "p80")}
 
 
+def _bytes(x: Any) -> int:
+    if isinstance(x, Quantized):
+        return _bytes(x.values) + _bytes(x.scale)
+    return x.numel() * x.element_size() if isinstance(x, Tensor) else 0
+
+
 def _double(x: Any) -> Any:
+    if isinstance(x, Quantized):
+        return x.dequantize().double()
     if isinstance(x, tuple):
         return tuple(_double(part) for part in x)
     return x.double() if isinstance(x, Tensor) else x
@@ -283,7 +351,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    roof = roofs(args.device, args.repeats)
+    sizes = (8192, 2**30) if args.device == "cuda" else (1024, 2**26)
+    roof = roofs(args.device, *sizes, dtype, args.repeats)
     rows: list[dict] = []
     result = {"bench": "ops", **environment(), "roof": roof, "rows": rows}
     with torch.no_grad():
@@ -292,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
                 head_dim = case.args[0].shape[-1] if case.op == "joint_attention" else 64
                 try:
                     grad = case.trained > 0
-                    ops = select("auto", args.device, dtype, head_dim=head_dim, grad=grad)
+                    ops = select("auto", args.device, dtype, head_dim, grad, case.rows)
                     rows.append(measure(case, ops, args.device, roof, args.repeats))
                 except KeyboardInterrupt:
                     rows.append({"op": case.op, "shape": case.shape, "skipped": "interrupted"})

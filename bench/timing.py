@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _BLOCK = 0.2  # milliseconds
 # How often the L2 cache is written before a sample, at most: some 10 ms. Calls that are still being
 # queued then wait for the device themselves.
@@ -64,6 +65,42 @@ def interleaved(
             else:
                 calls[name] = max(1, math.ceil(_BLOCK / max(elapsed, 1e-4)))
     return {name: _quantiles(values) for name, values in samples.items()}
+
+
+def roofs(
+    device: torch.device | str,
+    side: int,
+    size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    repeats: int = 20,
+) -> dict[str, float]:
+    """Operations and bytes per second of this machine: a product of side^3, a copy of `size` bytes.
+
+    "flops_per_s_bf16", or whatever `dtype` is; where there is e4m3, "flops_per_s_fp8", which sums
+    as `scaled_linear` does, and "flops_per_s_fp8_fast", by the shorter accumulators of Hopper.
+    """
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    one = torch.ones(side, 1, device=device)
+    a8 = a.to(torch.float8_e4m3fn)
+    source = torch.randint(255, (size,), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+
+    def product_fp8(fast: bool) -> torch.Tensor:
+        scales = {"scale_a": one, "scale_b": one.t()}
+        out = torch.bfloat16
+        return torch._scaled_mm(a8, a8.t(), **scales, out_dtype=out, use_fast_accum=fast)
+
+    calls: dict[str, Callable[[], object]] = {NAMES[dtype]: lambda: a @ a}
+    for name, fast in (("fp8", False), ("fp8_fast", True)):
+        try:
+            product_fp8(fast)
+        except Exception:  # the others are roofs without it
+            continue
+        calls[name] = partial(product_fp8, fast)
+    every = calls | {"copy": lambda: target.copy_(source)}
+    times = interleaved(every, repeats=repeats, device=device)
+    found = {f"flops_per_s_{name}": 2 * side**3 / times[name].p50 * 1e3 for name in calls}
+    return found | {"bytes_per_s": 2 * size / times["copy"].p50 * 1e3}
 
 
 def environment() -> dict[str, object]:

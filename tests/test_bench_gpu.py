@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tdm_kernels import registry, select
+from tdm_kernels import reference_fp8, registry, select
+from tdm_kernels.quantized import Quantized
 
 from bench import full_size, gpu, ops
 from tdm_r1 import flow
@@ -217,20 +218,33 @@ def test_ops_of_a_gpu_are_held_to_the_reference_and_name_every_form(monkeypatch)
     small = ops._rms_cases("small", 1, 6, 64, 2, 32, "cpu", torch.float32)
     small += ops._layer_norm_cases("small", 4, 6, 64, 2, 32, "cpu", torch.float32)
     small += [ops._convolution("small", 32, 5, "cpu", torch.float32)]
-    for case in (*small, *(case.in_training() for case in small if case.op in ops.ROWS)):
-        bound = select("auto", "cpu", grad=case.trained > 0)
+    small += [ops._solver_step("small", 4, 6, "cpu", torch.float32)]
+    small += [ops._linear("small", 5, 32, 48, "cpu", torch.float32)]
+    trained = [case.in_training() for case in small if case.op in ops.ROWS]
+    producers = [case.in_e4m3() for case in small if case.op in ops.FP8_OPS and not case.rows]
+    for case in (*small, *trained, *producers):
+        bound = select("auto", "cpu", grad=case.trained > 0, rows=case.rows)
         assert ops.check(case, bound) <= 1
         outputs = case.call(case.function(bound))
         assert (outputs[-1].shape == case.args[0].shape) >= (case.trained > 0), case.op
+        assert isinstance(outputs[-1], Quantized) == case.shape.endswith("e4m3")
+
+    def coarse(x):
+        rows = reference_fp8.gelu_tanh_fp8(x)
+        return Quantized(rows.values, rows.scale * 1.2)
+
+    with pytest.raises(RuntimeError, match="gelu_tanh at small e4m3 errs"):
+        ops.check(producers[-1], SimpleNamespace(gelu_tanh=coarse))
 
     def meta(device):
         return lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
 
     monkeypatch.setattr(ops, "_random", meta)
     found = list(ops.cases("cuda", torch.bfloat16))
-    assert len({(case.op, case.shape) for case in found}) == len(found) == 34
+    assert len({(case.op, case.shape) for case in found}) == len(found) == 46
     kinds = {case.op for case in found}
-    assert kinds == set(registry.TRITON_OPS) - {"pack_linear", "solver_step"}
+    assert kinds == set(registry.TRITON_OPS)
+    assert {case.op for case in found if case.rows} == set(registry.FP8_OPS)
     in_training = {case.op for case in found if case.trained}
     assert in_training == set(ops.ROWS)
 
