@@ -144,10 +144,13 @@ def calibration_of(model: Transformer, precision: str, path: str | Path) -> Cali
     return found
 
 
-def dtype_beside(precision: str, dtype: Any, calibration: str | Path | None) -> Any:
+def dtype_beside(
+    precision: str, dtype: Any, calibration: str | Path | None, *, exported: bool = False
+) -> Any:
     """Return the dtype to load for `precision`: fp8 multiplies into bfloat16 alone.
 
-    Raises ConfigError for other words than `PRECISIONS` and settings that disagree.
+    Raises ConfigError for other words than `PRECISIONS`, settings that disagree, and any for an
+    export, whose graphs have theirs.
     """
     if precision not in PRECISIONS:
         raise ConfigError(
@@ -156,6 +159,11 @@ def dtype_beside(precision: str, dtype: Any, calibration: str | Path | None) -> 
         )
     if precision == "auto" and calibration is not None:
         raise ConfigError("a calibration is for precision='fp8' or 'int8' only")
+    if precision != "auto" and exported:
+        raise ConfigError(
+            f"precision is {precision!r}; allowed for an export: 'auto', for"
+            " `tdm-r1-export --precision` has chosen it"
+        )
     if precision != "fp8":
         return dtype
     if dtype not in ("auto", "bfloat16", torch.bfloat16):
@@ -168,12 +176,10 @@ def apply_precision(
 ) -> None:
     """Quantise the layers that a report allows, or that are measured now; release their weights.
 
-    Raises ConfigError for a pipeline without layers of PyTorch weights, for fp8 where there is none
-    (only backend="reference" emulates it), or a report on other layers or another precision.
+    Raises ConfigError for fp8 where there is none (only backend="reference" emulates it), or a
+    report on other layers or another precision.
     """
     model = pipeline.transformer
-    if not model.weights:
-        raise ConfigError(f"precision is {precision!r}; allowed for an export: 'auto'")
     if precision == "fp8" and model.backend != "reference":
         target = model.device, model.dtype, model.head_dim, False
         reason = explain(*target)["pack_linear_fp8"]["triton"]

@@ -111,9 +111,9 @@ class Engine:
         "int8" where there is no fp8, multiply 8-bit rows in layers that the report `calibration`
         allows, or that are measured now, and give back the weights that those stand for.
         """
-        dtype = dtype_beside(precision, dtype, calibration)
         if backend == "auto" and str(name_or_dir) not in SHIPPED and is_export(name_or_dir):
             backend = "onnx"
+        dtype = dtype_beside(precision, dtype, calibration, exported=backend in BACKENDS)
         load: Any = load_exported if backend in BACKENDS else load_pipeline
         pipeline = load(name_or_dir, lora=lora, device=device, dtype=dtype, backend=backend)
         recording: dict[str, Any] = {"graphs": graphs, "strict_graphs": strict_graphs}

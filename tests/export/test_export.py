@@ -59,6 +59,11 @@ class TestSD3:
         engine = Engine.from_pretrained(sd3_export)
         assert engine.pipeline.path == sd3_export and engine.device.type == "cpu"
 
+    @pytest.mark.parametrize("precision", ["fp8", "int8"])
+    def test_its_precision_was_chosen_when_it_was_made(self, sd3_export, precision):
+        with pytest.raises(ConfigError, match=f"{precision}'; allowed for an export: 'auto', for"):
+            Engine.from_pretrained(sd3_export, precision=precision)
+
     def test_the_command_line_draws_from_an_export(self, sd3_export, tmp_path, capsys):
         path = tmp_path / "out.png"
         assert draw(["generate", "a cat", "--model", str(sd3_export), "-o", str(path)]) == 0
