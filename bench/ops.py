@@ -149,17 +149,17 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
     # The largest pictures with as many channels before and after.
     for channels, side in ((128, 1024), (256, 512), (512, 256)):
         yield _convolution("VAE 1024", channels, side, device, dtype)
+    for name, rows, width, features in (
+        ("Z-Image 1024 w1 w3", 4224, 3840, 20480), ("Z-Image 1024 w2", 4224, 10240, 3840),
+        ("SD3.5-M 1024 fc1", 4096, 1536, 6144),
+    ):  # fmt: skip
+        yield _linear(name, rows, width, features, device, dtype)
     for case in (*large, *sd3):
         if case.op in ROWS:
             yield case.in_training()
         if case.op in FP8_OPS:
             yield case.in_e4m3()
     del large, sd3
-    for name, rows, width, features in (
-        ("Z-Image 1024 w1 w3", 4224, 3840, 20480), ("Z-Image 1024 w2", 4224, 10240, 3840),
-        ("SD3.5-M 1024 fc1", 4096, 1536, 6144),
-    ):  # fmt: skip
-        yield _linear(name, rows, width, features, device, dtype)
     yield from _rms_cases(*zimage, device, dtype)
 
 

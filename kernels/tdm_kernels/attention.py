@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 LOG2_E = 1 / math.log(2)
 CUDNN = ((9, 0), (10, 0), (10, 3))  # compute capabilities where its attention is ahead of Triton's
+CUDNN_VERSION = 91501  # from which on PyTorch prefers it there (pytorch issue 169849)
 _PREFERRED = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
@@ -147,12 +148,12 @@ def joint_attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return reference.joint_attention(q, k, v, lengths_B)
     half = q.dtype != torch.float32
-    if half and lengths_B is None and q.numel() and _capability(q.device) in CUDNN:
+    if half and lengths_B is None and q.numel() and _leaves_to_cudnn(q.device):
         shape = (q.device, q.dtype, q.shape, k.shape)
         if shape not in _failed:
             try:
                 return cudnn_attention(q, k, v)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, torch.AcceleratorError):  # of the device, not the shape
                 raise
             except RuntimeError as error:
                 _failed.add(shape)
@@ -163,14 +164,27 @@ def joint_attention(
 def cudnn_attention(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor) -> Tensor:
     """`reference.joint_attention` of the library, by cuDNN's kernel where that takes the shape."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
+    _settle_order(q.device)
     with sdpa_kernel(_PREFERRED, set_priority=True):
         out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+def _settle_order(device: torch.device) -> None:
+    """Let the library choose its own order of backends, which it does once, at its first choice.
+
+    Inside of `sdpa_kernel` that would come to nothing: what is restored is the order from before.
+    """
+    rows = torch.zeros(1, 1, 1, 16, device=device, dtype=torch.float16)
+    torch._fused_sdp_choice(rows, rows, rows)
+
+
+@cache
+def _leaves_to_cudnn(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in CUDNN:
+        return False
+    return (torch.backends.cudnn.version() or 0) >= CUDNN_VERSION
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, lengths_B: Tensor | None = None) -> Tensor:

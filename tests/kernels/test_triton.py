@@ -83,18 +83,49 @@ def test_attention_is_cudnns_where_that_is_faster(monkeypatch, caplog):
     monkeypatch.setattr(attention, "_failed", set())
     half = torch.randn(3, 2, 5, 3, 16, dtype=torch.bfloat16)
     lengths = torch.ones(2, dtype=torch.int64)
-    for capability, inputs, fused in (
-        ((9, 0), (*half,), False), ((10, 0), (*half,), False), ((8, 0), (*half,), True),
-        ((12, 0), (*half,), True), (None, (*half,), True), ((9, 0), (*half, lengths), True),
-        ((9, 0), (*half.float(),), True), ((9, 0), (half[0, :, :0], *half[1:]), True),
+    for leaves, inputs, fused in (
+        (True, (*half,), False), (False, (*half,), True), (True, (*half, lengths), True),
+        (True, (*half.float(),), True), (True, (half[0, :, :0], *half[1:]), True),
     ):  # fmt: skip
-        monkeypatch.setattr(attention, "_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(attention, "_leaves_to_cudnn", lambda device, found=leaves: found)
         out = attention.joint_attention(*inputs)
-        assert bool(ran) == fused, (capability, len(inputs))
+        assert bool(ran) == fused, (leaves, len(inputs))
         ran.clear()
         if not fused:
             like = reference.joint_attention(*half.double()).to(out.dtype)
             torch.testing.assert_close(out, like, atol=1e-2, rtol=2e-2)
+
+
+def test_cudnn_is_asked_on_some_gpus_and_in_a_sound_version(monkeypatch):
+    attention = pytest.importorskip("tdm_kernels.attention")
+    leaves = attention._leaves_to_cudnn.__wrapped__
+    assert not leaves(torch.device("cpu"))
+    for capability, version, found in (
+        ((9, 0), 91501, True), ((10, 3), 92000, True), ((9, 0), 91500, False),
+        ((9, 0), None, False), ((8, 0), 92000, False), ((12, 0), 92000, False),
+    ):  # fmt: skip
+        given = lambda device, found=capability: found  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "get_device_capability", given)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda found=version: found)
+        assert leaves(torch.device("cuda")) == found, (capability, version)
+
+
+def test_the_library_orders_its_backends_before_it_is_asked_for_one(monkeypatch):
+    attention = pytest.importorskip("tdm_kernels.attention")
+    half, chosen = torch.randn(3, 2, 5, 3, 16, dtype=torch.bfloat16), []
+    choose, within = torch._fused_sdp_choice, attention.sdpa_kernel
+    monkeypatch.setattr(
+        torch, "_fused_sdp_choice", lambda *rows: chosen.append("order") or choose(*rows)
+    )
+    monkeypatch.setattr(
+        attention,
+        "sdpa_kernel",
+        lambda *given, **how: chosen.append("asked") or within(*given, **how),
+    )
+    attention._settle_order.cache_clear()
+    for _ in range(2):
+        attention.cudnn_attention(*half)
+    assert chosen == ["order", "asked", "asked"]
 
 
 def test_attention_goes_on_where_cudnn_fails(monkeypatch, caplog):
@@ -107,15 +138,16 @@ def test_attention_goes_on_where_cudnn_fails(monkeypatch, caplog):
 
     monkeypatch.setattr(attention, "triton_attention", lambda q, k, v, lengths: q.flatten(2))
     monkeypatch.setattr(attention, "cudnn_attention", fails)
-    monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "_leaves_to_cudnn", lambda device: True)
     monkeypatch.setattr(attention, "_failed", set())
     half = torch.randn(3, 2, 5, 3, 16, dtype=torch.bfloat16)
     for rows in (half, half, half[:, :1]):
         assert torch.equal(attention.joint_attention(*rows), rows[0].flatten(2))
     assert len(asked) == 2 and caplog.text.count("no plan") == 2  # once for every shape
-    error = torch.OutOfMemoryError("full")
-    with pytest.raises(torch.OutOfMemoryError):
-        attention.joint_attention(*half[:, :, :2])
+    for error in (torch.OutOfMemoryError("full"), torch.AcceleratorError("lost")):
+        with pytest.raises(type(error)):
+            attention.joint_attention(*half[:, :, :2])
+    assert len(attention._failed) == 2
 
 
 def test_auto_takes_triton_on_cuda():

@@ -231,6 +231,21 @@ def test_joint_attention(t, s, h, lengths, dtype):
         assert torch.equal(attention.triton_attention(q, k, v, lengths.int()), found)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+@pytest.mark.parametrize(("t", "s", "h"), [c[:3] for c in ATTENTION if c[3] is None])
+def test_attention_by_cudnn_alone(t, s, h, monkeypatch):
+    q, k, v = packed_qkv(3, t, s, 2, h, HALF)
+    if not attention._leaves_to_cudnn(q.device):
+        pytest.skip(f"attention is not left to cuDNN on {torch.cuda.get_device_name()}")
+    torch.use_deterministic_algorithms(False)  # with them PyTorch would choose another
+    monkeypatch.setattr(attention, "_PREFERRED", attention._PREFERRED[:1])
+    logits = torch.einsum("btnh,bsnh->bnts", q.double(), k.double()) / h**0.5
+    exact = torch.einsum("bnts,bsnh->btnh", logits.softmax(-1), v.double()).flatten(2)
+    found = attention.cudnn_attention(q, k, v)
+    assert found.is_contiguous()
+    assert_as_good(found, reference.joint_attention(q, k, v), exact)
+
+
 def test_attention_of_any_strides():
     q, k, v = packed_qkv(2, 5, 33, 3, 16, torch.float32)
     found = attention.joint_attention(q, k, v)
