@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 
+from bench.export import check
 from bench.export import main as bench
 from tdm_r1.__main__ import main as draw
 from tdm_r1.engine import Engine
@@ -24,6 +26,7 @@ from tdm_r1.models.lora_files import WEIGHTS_NAME
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.slow  # whichever comes first waits for an export
 
+NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("c++"), reason="Inductor needs a compiler")
 PROMPTS = ["two red circles", 'a sign that says "go"', ""]
 
 
@@ -198,15 +201,29 @@ def test_a_decoder_with_attention(sd3_dir, tmp_path):
         assert relative_error(*decode(x_BChw), vae.decode(x_BChw)) <= parity.TOLERANCE
 
 
-def test_bench(sd3_export, capsys, tmp_path):
-    output, threads = tmp_path / "export.json", torch.get_num_threads()
-    arguments = ["--export", str(sd3_export), "--batches", "2", "--repeats", "5", "--threads", "1"]
-    try:
-        assert bench([*arguments, "--output", str(output)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        ([], []),
+        pytest.param(["--compile"], ["torch.compile"], marks=NEEDS_COMPILER),
+    ],
+)
+def test_bench(options, others, sd3_export, capsys, tmp_path):
+    output, threads = tmp_path / "export.json", str(torch.get_num_threads())
+    arguments = ["--export", str(sd3_export), "--batches", "2", "--repeats", "5", *options]
+    assert bench([*arguments, "--threads", threads, "--output", str(output)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(output.read_text())
     (row,) = result["rows"]
-    assert row["batch"] == 2 and row["latent_error"] <= parity.TOLERANCE
-    assert all(times.keys() == {"engine", "onnxruntime"} for times in row["ms"].values())
+    assert row["batch"] == 2 and row["latent_error"].keys() == {"onnxruntime", *others}
+    assert max(row["latent_error"].values()) <= parity.TOLERANCE
+    names = {"engine", "onnxruntime", *others}
+    assert all(times.keys() == names for times in row["ms"].values())
+    ratio = row["ms"]["DiT"]["engine"]["p50"] / row["ms"]["DiT"]["onnxruntime"]["p50"]
+    assert row["speedup over"]["DiT"]["engine"] == round(ratio, 2)
+
+
+def test_bench_refuses_to_time_other_pictures(sd3_engine):
+    each = {"onnxruntime": Engine(sd3_engine.pipeline, solver="dpm2m"), "engine": sd3_engine}
+    with pytest.raises(RuntimeError, match="onnxruntime differs from the Engine: latents by"):
+        check(each, sd3_engine.noise([0], 64, 64), exact=True)

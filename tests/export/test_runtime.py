@@ -5,6 +5,7 @@ Also every reason not to load an engine: no GPU, another one, another version, a
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import sys
@@ -13,10 +14,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.export import main as bench
 from tdm_r1 import flow
 from tdm_r1.engine import Engine
 from tdm_r1.errors import ConfigError, DeviceError, GraphError, LoadError
 from tdm_r1.export.cli import _parser
+from tdm_r1.export.parity import TOLERANCE
 from tdm_r1.exported import loading, plan
 from tdm_r1.exported import tensorrt as runtimes
 from tdm_r1.exported.manifest import REFIT, Manifest, read_manifest, write_manifest
@@ -242,6 +245,22 @@ class TestFiles:
     @pytest.fixture
     def root(self, sd3_export, tmp_path, module):
         return with_engines(sd3_export, tmp_path / "copy")
+
+    def test_the_bench(self, root, module, sd3_dir, capsys):
+        threads = str(torch.get_num_threads())
+        arguments = ["--export", str(root), "--backend", "tensorrt-rtx", "--no-compile"]
+        sizes = ["--batches", "1", "--repeats", "5", "--threads", threads]
+        assert bench([*arguments, *sizes]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        (row,) = result["rows"]
+        assert result["tensorrt-rtx"] == ENGINES["version"] and module.loads == len(module.engines)
+        assert row["latent_error"]["tensorrt-rtx"] <= TOLERANCE and row["ms"]["DiT"].keys() == {
+            "tensorrt-rtx", "engine",
+        }  # fmt: skip
+
+    def test_the_bench_without_engines(self, sd3_export, capsys):
+        assert bench(["--export", str(sd3_export), "--backend", "tensorrt-rtx"]) == 2
+        assert "holds no engines; make some: tdm-r1-export" in capsys.readouterr().err
 
     def test_an_engine_that_was_changed_is_never_loaded(self, root, module):
         path = root / "vae_decoder.engine"
