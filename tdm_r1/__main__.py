@@ -116,10 +116,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     from tdm_r1 import demo
 
     summary = demo.run(arguments.overrides)
-    low, high = summary["reward_before_interval95"]
-    print(f"held-out strict reward before {summary['reward_before']:.3f} [{low:.3f}, {high:.3f}]")
-    low, high = summary["reward_after_interval95"]
-    print(f"held-out strict reward after  {summary['reward_after']:.3f} [{low:.3f}, {high:.3f}]")
+    print(f"{summary['reward']} on {summary['num_prompts']} held-out pictures:")
+    for when in ("before", "after"):
+        low, high = summary[f"reward_{when}_interval95"]
+        print(f"{when:6} {summary[f'reward_{when}']:.3f} [{low:.3f}, {high:.3f}]")
     print(f"{summary['seconds']:.0f} s; pictures and numbers in {summary['output']}")
     return 0
 

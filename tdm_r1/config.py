@@ -150,7 +150,8 @@ class Reinforcement:
 class Evaluation:
     """Seeded evaluation on EMA weights, every `every` iterations (0: only first and last).
 
-    `num_prompts` 0 takes every prompt of the split once, `steps` 0 as many steps as the rollout.
+    `num_prompts` 0 takes every prompt of the split once, `steps` 0 as many steps as the rollout;
+    `reward` "" is the run's own, with `shapes` made strict, `prompts_file` "" its own source.
     `held_out_reward` scores the same pictures a second time, by a reward that nothing is trained
     on. `guard` N > 0 ends the run when the training reward rose and the held-out panel fell at N
     evaluations in a row.

@@ -21,7 +21,7 @@ from tdm_r1 import shapes
 from tdm_r1.config import Recipe, load_recipe
 from tdm_r1.training import pages
 from tdm_r1.training.curves import read_metrics
-from tdm_r1.training.evaluate import NUM_SHOWN
+from tdm_r1.training.evaluate import NUM_SHOWN, reward_of
 
 RECIPE, OUTPUT = "tiny-sd3-shapes", "runs/demo"
 
@@ -57,10 +57,7 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
 def summarize(
     recipe: Recipe, results: dict[str, Any], seconds: float, metrics: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What changed, on what, how fast.
-
-    Rewards are the strict score unless the recipe says otherwise.
-    """
+    """What changed, by the reward of the evaluation, on what, how fast."""
     before, after = results["before"], results["after"]
     trained = sum(record["seconds"] for record in metrics)
     images = len(metrics) * recipe.rollout.num_prompts * recipe.rollout.group_size
@@ -77,6 +74,7 @@ def summarize(
         "panel_after": after["panel"],
         "num_prompts": after["num_prompts"],
         "num_distinct_prompts": after["num_distinct_prompts"],
+        "reward": reward_of(recipe),
         "training_reward": recipe.reward,
         "seeds": {"training": recipe.seed, "evaluation": recipe.evaluation.seed},
         "output": recipe.output,

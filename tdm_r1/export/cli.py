@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     dry = "trace a published transformer at full size, without weights, and stop; with --trt, build"
     dry += " its engines of random weights, and keep none"
     add("--dry-run", action="store_true", help=dry)
-    add("--lora", metavar="FILE", help="LoRA to merge, diffusers or PEFT layout")
+    add("--lora", metavar="FILE", help="LoRA to merge, in any layout that `generate` takes")
     add("--steps", type=int, default=4, help="of the schedule (default: %(default)s)")
     add("--solver", default="auto", help="auto, euler or dpm2m (default: %(default)s)")
     add("--batch", type=int, metavar="MOST", help="most images in one call (default: 4)")

@@ -2,7 +2,7 @@
 
 The gate has two parts. Without rounding, a graph must agree with the Engine in fp32 on the same
 (rounded) weights to the fp32 tolerance: the wiring is right. With it, its error against that Engine
-may be twice that of the Engine in half precision, plus 2 ulp: DESIGN.md's rule for fast kernels.
+may be twice that of the Engine in half precision, plus 2 ulp: the rule of `tdm_kernels.testing`.
 
 In fp8 the Engine in half precision is one whose linears round by the very scales of the graph
 (`static_fp8.emulated`), and the weights are the rounded ones. Steps are held to it in the mean of

@@ -33,8 +33,14 @@ class Sample:
     values: list[float]
 
 
+def reward_of(recipe: Recipe) -> str:
+    """What an evaluation scores by: `evaluation.reward`, or the run's own, strict for `shapes`."""
+    own = "shapes:strict" if recipe.reward == "shapes" else recipe.reward
+    return recipe.evaluation.reward or own
+
+
 class Evaluator:
-    """The recipe's `evaluation` section, bound to a pipeline. Its `reward` "" means strict."""
+    """The recipe's `evaluation` section, bound to a pipeline."""
 
     def __init__(
         self,
@@ -51,8 +57,7 @@ class Evaluator:
         if config.held_out_families:
             pools = load_prompts("shapes", config.held_out_families, "all")
             self.held_out = evaluation_prompts(pools, config.num_prompts)
-        default = "shapes:strict" if source == "shapes" else recipe.reward
-        self.reward = load_reward(config.reward or default)
+        self.reward = load_reward(reward_of(recipe))
         other = config.held_out_reward
         self.held_out_reward = load_reward(other) if other else None
         self.pipeline = pipeline

@@ -40,6 +40,21 @@ def test_a_scorer_named_twice_is_loaded_once(tmp_path, sd3_dir):
     assert loads.read_text() == "xxx"
 
 
+@pytest.mark.parametrize(
+    ("reward", "named", "found"),
+    [
+        ("shapes", "", "shapes:strict"), ("shapes:clean", "", "shapes:clean"),
+        ("mine.py:score", "", "mine.py:score"), ("0.5*shapes+0.5*jpeg", "", "0.5*shapes+0.5*jpeg"),
+        ("mine.py:score", "shapes", "shapes"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_is_by_the_runs_own_reward(reward, named, found, tmp_path, sd3_dir):
+    loaded = []
+    made = recipe(tmp_path, sd3_dir, reward=reward, evaluation={"reward": named})
+    Evaluator(made, load_pipeline(sd3_dir, dtype="float32"), loaded.append)
+    assert loaded == [found]
+
+
 def test_rewards_get_as_many_pictures_at_a_time_as_are_drawn(tmp_path, sd3_dir, monkeypatch):
     values = {"families": ["counting"], "num_prompts": 150, "held_out_reward": "jpeg"}
     made = recipe(tmp_path, sd3_dir, evaluation=values)

@@ -162,7 +162,7 @@ def test_a_reward_server_that_dies_costs_nothing(tmp_path, sd3_dir, monkeypatch)
     def whole_run(folder, url, **options):
         reward = f"remote(url={url},retries=1,backoff=0.01)"
         rollout = {"num_prompts": 1, "group_size": 2, "micro_groups": 1, "steps": 2}
-        evaluation = {"families": ["counting"], "num_prompts": 2}
+        evaluation = {"families": ["counting"], "num_prompts": 2, "reward": "jpeg"}
         values = {"reward": reward, "rollout": rollout, "evaluation": evaluation, "iterations": 3}
         return Trainer(recipe(folder, sd3_dir, **values, checkpoint_every=0), **options)
 

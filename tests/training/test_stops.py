@@ -21,24 +21,26 @@ from tests.training.launch import (
 
 BAD_REWARDS = {
     "nan": ("return [float('nan')] * len(images)", "not finite|nan"),
-    "short": ("return [1.0]", "must return 3 numbers"),
+    "short": ("return [1.0]", "must return [34] numbers"),
     "raises": ("raise RuntimeError('the scorer fell over')", "the scorer fell over"),
 }
 
 
+@pytest.mark.parametrize("evaluated", ["", "shapes:strict"])
 @pytest.mark.parametrize("case", sorted(BAD_REWARDS))
-def test_a_failing_reward_takes_no_step_and_leaves_a_checkpoint(case, tmp_path, sd3_dir):
+def test_a_failing_reward_takes_no_step_and_leaves_a_checkpoint(case, evaluated, tmp_path, sd3_dir):
     body, message = BAD_REWARDS[case]
     file = tmp_path / "bad.py"
     file.write_text(f"def score(images, prompts):\n    {body}\n")
-    trainer = Trainer(recipe(tmp_path, sd3_dir, reward=f"{file}:score"))
+    evaluation = {"families": ["counting"], "num_prompts": 4, "reward": evaluated}
+    trainer = Trainer(recipe(tmp_path, sd3_dir, reward=f"{file}:score", evaluation=evaluation))
     before = hashes(trainer)
     with pytest.raises(RewardError, match=message) as error:
         trainer.run()
     if case == "nan":
-        assert any(
-            prompt in str(error.value) for pool in trainer.method.sampler.pools for prompt in pool
-        )
+        trained = [prompt for pool in trainer.method.sampler.pools for prompt in pool]
+        scored = trained if evaluated else trainer.evaluator.prompts
+        assert any(prompt in str(error.value) for prompt in scored)
     assert hashes(trainer) == before
     assert trainer.method.sampler.position == 0
     found = checkpoint.latest_checkpoint(tmp_path / "run")
@@ -129,7 +131,8 @@ def test_a_stop_before_any_role_changed_drops_the_step(tmp_path, sd3_dir):
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return list(range(len(images)))\n"
     )
-    trainer = Trainer(recipe(tmp_path, sd3_dir, reward=f"{file}:score"))
+    evaluation = {"families": ["counting"], "num_prompts": 4, "reward": "shapes:strict"}
+    trainer = Trainer(recipe(tmp_path, sd3_dir, reward=f"{file}:score", evaluation=evaluation))
     before = hashes(trainer)
     with pytest.raises(Interrupted, match="SIGTERM after iteration 0"):
         trainer.run()
