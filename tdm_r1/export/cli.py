@@ -48,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, help="shipped name, directory or Hub id")
     add("--output", type=Path, metavar="DIR", help="directory to make")
-    dry = "trace a published transformer at full size, without weights, and stop; with --trt, build"
-    dry += " its engines of random weights, and keep none"
+    dry = "trace a published model at full size, without weights, and stop; with --trt, build the"
+    dry += " engines of its transformer, of random weights, and keep none"
     add("--dry-run", action="store_true", help=dry)
     add("--lora", metavar="FILE", help="LoRA to merge, in any layout that `generate` takes")
     add("--steps", type=int, default=4, help="of the schedule (default: %(default)s)")

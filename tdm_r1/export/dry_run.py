@@ -1,8 +1,8 @@
-"""`tdm-r1-export --dry-run`: the graphs of a published transformer at full size, without weights.
+"""`tdm-r1-export --dry-run`: the graphs of a published model at full size, without weights.
 
 The model is built of tensors that have shapes and no memory, traced and translated to ONNX ops;
-nothing is fetched and no file kept. With `--trt` its engines are built too, of random weights, in a
-folder that is removed then. Text encoders and VAE are left out.
+nothing is fetched and no file kept. With `--trt` the transformer's engines are built too, of random
+weights, in a folder that is removed then.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from tdm_r1.export.onnx_graph import LOW_OPSET, check_installed, count_nodes, wr
 from tdm_r1.export.precision import DTYPES, check_precision
 from tdm_r1.export.tensorrt import Target, build_engine
 from tdm_r1.models.layers import Transformer
-from tdm_r1.models.published import CONFIGS
+from tdm_r1.models.published import CONFIGS, TEXT_ENCODERS, VAE
 from tdm_r1.models.sd3 import SD3Config, SD3Transformer
 from tdm_r1.models.zimage import ZImageTransformer
 from tdm_r1.pipeline import Pipeline
+from tdm_r1.text import ClipFeatures, QwenFeatures, T5Features, quiet_transformers
 
 SHIFT, SIZE = 3.0, 1024  # of both stored schedulers, and of both models' pictures
 CLIP_TOKENS, T5_TOKENS = 77, 256
-LATENT_CHANNELS, SCALE = 16, 8
+_VAE_SIZES = {"latent_channels": VAE["latent_channels"], "scale_factor": 8}
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,18 @@ def dry_run(
     """Trace the graphs of `model`, one of `published.CONFIGS`, and count what is in them.
 
     `axes`, `steps`, `solver` and `precision` as in `export_model`; `layers` keeps so many of the
-    blocks over image and text. `say` hears of the ranges and of every graph. Raises ConfigError for
-    an unknown model or sizes it does not take, ExportError for a graph that cannot be made or whose
-    axes come out fixed.
+    blocks over image and text, and of the layers of every text encoder. `say` hears of the ranges
+    and of every graph. Raises ConfigError for an unknown model or sizes it does not take,
+    ExportError for a graph that cannot be made or whose axes come out fixed.
     """
     _check(model, precision)
     times = _times(solver, steps)
     found = []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        transformer = _build(CONFIGS[model], layers, DTYPES[precision])
-        chosen, graphs = _make_graphs(transformer, axes, times)
+        dtype = DTYPES[precision]
+        transformer = _build(CONFIGS[model], layers, dtype)
+        parts = _text(model, layers, dtype), _vae(dtype)
+        chosen, graphs = _make_graphs(transformer, axes, times, *parts)
         say(", ".join(f"{name} {low} to {high}" for name, (low, high) in chosen.items()))
         for graph in graphs:
             started = time.perf_counter()
@@ -114,7 +117,7 @@ def dry_build(
     layers: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Built]:
-    """Build the engines of what `dry_run` traces, of random weights, and keep none of them.
+    """Build the engines of the transformer's graphs, of random weights, and keep none of them.
 
     Takes memory for the weights about three times, and room for them twice where temporary files
     go. What a build does depends on shapes and dtypes, not on the weights' values. Arguments as of
@@ -132,7 +135,7 @@ def dry_build(
             _build_random(CONFIGS[model], layers, DTYPES[precision]), axes, times
         )
         with torch.no_grad():
-            for graph in graphs:
+            for graph in islice(graphs, 2):  # those of the transformer
                 say(f"{graph.name}: writing the graph with random weights")
                 entries[graph.name] = write_graph(graph, root, _opset(precision))
         del graphs, graph
@@ -173,14 +176,31 @@ def _times(solver: str, steps: int) -> tuple[float, ...]:
 
 
 def _make_graphs(
-    transformer: Transformer, axes: Axes | None, times: tuple[float, ...]
+    transformer: Transformer,
+    axes: Axes | None,
+    times: tuple[float, ...],
+    text: Any = None,
+    vae: Any = None,
 ) -> tuple[Axes, Iterator[Graph]]:
-    """The ranges that the graphs have, and those of the transformer, one at a time."""
-    pipeline = _pipeline(transformer)
+    """The ranges that the graphs have, and these; without text and VAE for the first two only."""
+    if text is None:
+        text = SimpleNamespace(clip_length=CLIP_TOKENS, t5_length=T5_TOKENS)
+    if vae is None:
+        vae = SimpleNamespace(**_VAE_SIZES)
+    pipeline = Pipeline(
+        family=transformer.family,
+        transformer=transformer,
+        text=text,
+        vae=vae,
+        shift=SHIFT,
+        default_solver="euler",
+        default_size=SIZE,
+        name="",
+        path=Path(),
+    )
     chosen = {**default_axes(pipeline), **(axes or {})}
     check_axes(pipeline, chosen)
-    # The first two are the transformer's: no text encoder is asked for.
-    return chosen, islice(make_graphs(pipeline, times, chosen), 2)
+    return chosen, make_graphs(pipeline, times, chosen)
 
 
 def _opset(precision: str) -> int | None:
@@ -203,14 +223,28 @@ def _build(config: Any, layers: int | None, dtype: torch.dtype) -> Transformer:
     elif layers is not None:
         config = replace(config, n_layers=layers)
     kind: Any = SD3Transformer if sd3 else ZImageTransformer
-    model = kind(config, backend="reference").eval().requires_grad_(False)
-    for module in model.modules():  # `Module.to` cannot convert tensors without memory
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    model = _cast(kind(config, backend="reference"), dtype)
+    for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(dtype))
     model.bind_ops()
     return model
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """`model` in `dtype`, to infer: `Module.to` cannot convert tensors without memory.
+
+    In half precision transformers keeps fp32 what a class of its says: the last of T5's products.
+    """
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    made: dict[int, nn.Parameter] = {}  # one for those that two modules share
+    for path, module in model.eval().named_modules():
+        if dtype == torch.float16 and not set(path.split(".")).isdisjoint(kept):
+            continue
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            low = nn.Parameter(parameter.to(dtype), requires_grad=False)
+            setattr(module, name, made.setdefault(id(parameter), low))
+    return model.requires_grad_(False)
 
 
 def _build_random(config: Any, layers: int | None, dtype: torch.dtype) -> Transformer:
@@ -225,18 +259,32 @@ def _build_random(config: Any, layers: int | None, dtype: torch.dtype) -> Transf
     return model
 
 
-def _pipeline(transformer: Transformer) -> Pipeline:
-    """What `make_graphs` reads of a pipeline before it comes to text encoders and VAE."""
-    text: Any = SimpleNamespace(clip_length=CLIP_TOKENS, t5_length=T5_TOKENS)
-    vae: Any = SimpleNamespace(latent_channels=LATENT_CHANNELS, scale_factor=SCALE)
-    return Pipeline(
-        family=transformer.family,
-        transformer=transformer,
-        text=text,
-        vae=vae,
-        shift=SHIFT,
-        default_solver="euler",
-        default_size=SIZE,
-        name="",
-        path=Path(),
+def _text(model: str, layers: int | None, dtype: torch.dtype) -> Any:
+    """The text encoders of a published model, as `make_graphs` reads them."""
+    import transformers
+
+    built = []
+    for name, config in TEXT_ENCODERS[model]:
+        depth = "num_layers" if "num_layers" in config else "num_hidden_layers"
+        changes = {} if layers is None else {depth: layers}
+        kind = getattr(transformers, name)
+        with quiet_transformers():
+            made = kind(kind.config_class(**{**config, **changes, "attn_implementation": "sdpa"}))
+        built.append(_cast(made, dtype))
+    if len(built) == 1:
+        return SimpleNamespace(features=QwenFeatures(built[0]))
+    *clips, t5 = built
+    return SimpleNamespace(
+        clip_length=CLIP_TOKENS,
+        t5_length=T5_TOKENS,
+        clips=[(None, ClipFeatures(clip)) for clip in clips],
+        t5=(None, T5Features(t5)),
     )
+
+
+def _vae(dtype: torch.dtype) -> Any:
+    """The VAE of both, likewise."""
+    from diffusers import AutoencoderKL
+
+    model = _cast(AutoencoderKL(**VAE), dtype)
+    return SimpleNamespace(model=model, dtype=dtype, scaling=1.5305, shift=0.0609, **_VAE_SIZES)
