@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +23,11 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SOLVERS = ("auto", *flow.SOLVERS)
 
 
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number, of Python's or NumPy's kind."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_solver(solver: str) -> None:
     """Raise ConfigError unless `solver` is one of SOLVERS."""
     if solver not in SOLVERS:
@@ -28,21 +36,35 @@ def check_solver(solver: str) -> None:
         )
 
 
-def check_choices(prompts: list[str], output_type: str, num_images_per_prompt: int) -> None:
-    """Raise ConfigError for prompts, a kind of output or a count that no call can serve."""
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ConfigError(
-            f"prompts must be a string or a non-empty list of strings, got {prompts!r}"
-        )
+def check_choices(
+    prompts: str | Sequence[str],
+    output_type: str,
+    num_images_per_prompt: int,
+    callback: Any = None,
+) -> list[str]:
+    """Return the prompts; raise ConfigError for arguments that no call can serve."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, (list, tuple)) or not prompts:
+        raise ConfigError(f"prompts must be a string or a non-empty list of them, got {prompts!r}")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ConfigError(f"prompts must be strings, got {prompt!r}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"prompt {prompt!r} is no Unicode text: {error.reason}") from error
     if output_type not in OUTPUT_TYPES:
         raise ConfigError(
             f"output_type is {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}."
             + closest(output_type, OUTPUT_TYPES)
         )
-    if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+    if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
         raise ConfigError(
             f"num_images_per_prompt is {num_images_per_prompt!r}; allowed: a whole number from 1"
         )
+    if callback is not None and not callable(callback):
+        raise ConfigError(f"callback is {callback!r}; allowed: a function of (k, t, latents)")
+    return list(prompts)
 
 
 def picture_size(
@@ -56,15 +78,15 @@ def picture_size(
     height = default if height is None else height
     width = default if width is None else width
     for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int) or value <= 0 or value % unit:
+        if not is_whole(value) or value <= 0 or value % unit:
             raise ConfigError(f"{name} is {value!r}; allowed: a positive multiple of {unit}")
-    return height, width
+    return int(height), int(width)
 
 
 def check_decode_limit(pipeline: Pipeline, limit: int) -> None:
     """Raise ConfigError for a `decode_limit` that does not hold one tile."""
     least = (TILE_UNIT * pipeline.vae.scale_factor) ** 2
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < least:
+    if not is_whole(limit) or limit < least:
         raise ConfigError(
             f"decode_limit is {limit!r}; allowed: a whole number of pixels from {least}"
         )
@@ -74,9 +96,9 @@ def picture_seeds(seed: int | None, count: int) -> list[int]:
     """Return the seed of each of `count` pictures, from `seed` on; None draws the first."""
     if seed is None:
         seed = secrets.randbelow(2**31)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63 - count:
+    if not is_whole(seed) or not 0 <= seed < 2**63 - count:
         raise ConfigError(f"seed is {seed!r}; allowed: a whole number from 0 to 2^63 - 1, or None")
-    return list(range(seed, seed + count))
+    return list(range(int(seed), int(seed) + count))
 
 
 def given_latents(
@@ -86,8 +108,10 @@ def given_latents(
     vae = pipeline.vae
     shape = (count, vae.latent_channels, height // vae.scale_factor, width // vae.scale_factor)
     if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
-        found = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-        raise ConfigError(f"latents has shape {found}; this call needs {shape}")
+        found = "a " + type(latents).__name__
+        if isinstance(latents, Tensor):
+            found = f"a tensor of {tuple(latents.shape)}"
+        raise ConfigError(f"latents is {found}; this call needs a tensor of {shape}")
     if not latents.is_floating_point():
         raise ConfigError(f"latents has dtype {latents.dtype}; allowed: a floating-point dtype")
     return latents.to(pipeline.device, torch.float32)

@@ -153,8 +153,8 @@ class Engine:
         NumericsError, naming prompt and seed, for pictures with NaN or infinities, DeviceError for
         a device that is out of memory or lost.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        arguments.check_choices(prompts, output_type, num_images_per_prompt)
+        prompts = arguments.check_choices(prompts, output_type, num_images_per_prompt, callback)
+        num_images_per_prompt = int(num_images_per_prompt)
         height, width = arguments.picture_size(self.pipeline, height, width, latents)
         count = len(prompts) * num_images_per_prompt
         weight = arguments.guidance_weight(self.pipeline.family, guidance_scale)

@@ -203,6 +203,14 @@ def _download(name: str) -> Path:
 
 
 def _family(root: Path) -> str:
+    if not (root / "model_index.json").is_file():
+        for file, instead in (
+            ("model/model_index.json", f"{root / 'model'} is one"),
+            (WEIGHTS_NAME, f"{root / WEIGHTS_NAME} is a LoRA, for `lora`"),
+            ("export.json", "it is an export, which takes backend='onnx' or 'tensorrt-rtx'"),
+        ):
+            if (root / file).is_file():
+                raise LoadError(f"{root} is no model in diffusers' format: {instead}")
     class_name = read_json(root / "model_index.json").get("_class_name")
     if class_name not in FAMILIES:
         raise LoadError(f"{root} holds a {class_name}; supported: {', '.join(FAMILIES)}")

@@ -19,13 +19,17 @@ LANGUAGES = {"shapes": shapes.captions, "geneval": geneval.prompts, "ocr": signs
 
 
 def load_prompts(
-    source: str, families: Sequence[str] = (), split: str = "all"
+    source: str,
+    families: Sequence[str] = (),
+    split: str = "all",
+    *,
+    key: str = "prompts.source",
 ) -> tuple[tuple[str, ...], ...]:
     """Prompts by family. `source`: "shapes" (the embedded world), "geneval" (its tasks are the
     families, its published prompts the test split), "ocr" (text in double quotes; the families are
-    its lengths) or a text file, one prompt a line.
+    its lengths) or a text file, one prompt a line, in UTF-8. `key` is the recipe's, for errors.
 
-    Raises ConfigError for an unknown family, a missing file, or no prompts at all.
+    Raises ConfigError for an unknown family, a file that is missing or not text, or no prompts.
     """
     if source in LANGUAGES:
         pools = tuple(LANGUAGES[source](family, split) for family in families)
@@ -36,13 +40,24 @@ def load_prompts(
         path = Path(source)
         if not path.is_file():
             raise ConfigError(
-                f"prompts.source must be one of {', '.join(LANGUAGES)}, or a text file; "
+                f"{key} must be one of {', '.join(LANGUAGES)}, or a text file; "
                 f"{source!r} is neither"
             )
-        pools = (tuple(line.strip() for line in path.read_text().splitlines() if line.strip()),)
+        pools = (tuple(line.strip() for line in read_lines(path, key) if line.strip()),)
     if not pools or not all(pools):
         raise ConfigError(f"no prompts in {source!r}: the prompt list is empty")
     return pools
+
+
+def read_lines(path: Path, key: str) -> list[str]:
+    """The lines of a text file in UTF-8; ConfigError, naming the recipe's `key`, for another."""
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{key}: {path}:{number} is not UTF-8: {error.reason}") from error
+    return lines
 
 
 class PromptSampler:

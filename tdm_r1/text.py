@@ -9,6 +9,7 @@ model's meaning. Z-Image: Qwen3 on the chat template, output of the last layer b
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from torch.nn import functional as F
 from tdm_r1.errors import ConfigError, LoadError
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.models.loading import read_json
+
+logger = logging.getLogger(__name__)
 
 CACHED_PROMPTS = 256  # SD3.5 at T = 333 in bf16: 2.7 MB a prompt
 _T5_TOKENS = 256  # diffusers' default `max_sequence_length`
@@ -215,6 +218,8 @@ class SD3TextEncoder(TextEncoder):
         return features(self._ids(tokenizer, prompts, self.t5_length)).to(like_BTE.dtype)
 
     def _ids(self, tokenizer, prompts: list[str], length: int) -> Tensor:
+        if tokenizer is (self.t5 or self.clips[0])[0]:  # what sees most of a prompt
+            warn_of_cut(tokenizer, prompts, length)
         ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True).input_ids
         return torch.tensor(ids, device=self.device)
 
@@ -240,6 +245,7 @@ class ZImageTextEncoder(TextEncoder):
             )
             for prompt in prompts
         ]
+        warn_of_cut(self.tokenizer, texts, _QWEN_TOKENS)
         rows = self.tokenizer(texts, truncation=True, max_length=_QWEN_TOKENS).input_ids
         longest = max(map(len, rows))
         # Causal, and padded on the right: no real token sees a pad, so the features need neither
@@ -248,6 +254,16 @@ class ZImageTextEncoder(TextEncoder):
         hidden_BTE = self.features(torch.tensor(ids, device=self.device))
         # clones, as above
         return [(hidden_BTE[i, : len(row)].clone(), None) for i, row in enumerate(rows)]
+
+
+def warn_of_cut(tokenizer, texts: list[str], length: int) -> None:
+    """Say which texts have more than `length` tokens, and how many: the rest is not read."""
+    for text in texts:
+        # No token is empty: so few bytes, a beginning and an end are no more tokens than that.
+        if len(text.encode()) < length - 2:
+            continue
+        if (found := len(tokenizer(text, verbose=False).input_ids)) > length:
+            logger.warning("%d of %d tokens are read of the prompt %.60r", length, found, text)
 
 
 def load_text_encoder(

@@ -283,11 +283,15 @@ class TestRefusals:
             ({"width": 0}, "width is 0"),
             ({"seed": -1}, "seed is -1"),
             ({"seed": "1"}, "seed is '1'"),
-            ({"latents": torch.zeros(2, 16, 8, 8)}, r"latents has shape \(2, 16, 8, 8\).*\(1, 16"),
-            ({"latents": torch.zeros(16, 8, 8)}, "latents has shape"),
-            ({"latents": [[0.0]]}, "latents has shape list"),
+            ({"latents": torch.zeros(2, 16, 8, 8)}, r"is a tensor of \(2, 16, 8, 8\);.*\(1, 16"),
+            ({"latents": torch.zeros(16, 8, 8)}, "latents is a tensor of"),
+            ({"latents": [[0.0]]}, "latents is a list; this call needs a tensor of"),
             ({"latents": torch.zeros(1, 16, 8, 8, dtype=torch.int64)}, "dtype torch.int64"),
-            ({"latents": torch.zeros(1, 16, 8, 8), "height": 128}, r"needs \(1, 16, 16, 8\)"),
+            ({"latents": torch.zeros(1, 16, 8, 8), "height": 128}, r"of \(1, 16, 16, 8\)"),
+            ({"prompts": None}, "prompts must be .* got None"),
+            ({"prompts": "a\ud800"}, "is no Unicode text"),
+            ({"num_images_per_prompt": True}, "num_images_per_prompt is True"),
+            ({"callback": 3}, "callback is 3; allowed: a function"),
             ({"guidance_scale": "4"}, "guidance_scale is '4'"),
             ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ],
@@ -295,6 +299,12 @@ class TestRefusals:
     def test_generate(self, engine, kwargs, message):
         with pytest.raises(ConfigError, match=message):
             engine.generate(**{"prompts": "a", **kwargs})
+
+    def test_whole_numbers_of_numpy_are_none(self, engine):
+        given = {"seed": np.int64(3), "height": np.int32(64), "num_images_per_prompt": np.int8(2)}
+        plain = {name: int(value) for name, value in given.items()}
+        pictures = [engine.generate("a", output_type="pt", **how) for how in (given, plain)]
+        assert torch.equal(*pictures) and engine.last_seed == 3
 
     @pytest.mark.parametrize("steps", [0, 51, 2.0, True, None])
     def test_steps(self, engine, steps):

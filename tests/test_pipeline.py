@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tdm_r1.errors import LoadError
+from tdm_r1.models.lora_files import WEIGHTS_NAME
 from tdm_r1.pipeline import SHIPPED, load_pipeline, resolve_dtype
 
 
@@ -112,6 +113,20 @@ class TestRefusals:
 
     def test_not_a_model(self, tmp_path):
         with pytest.raises(LoadError, match="model_index.json"):
+            load_pipeline(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("file", "hint"),
+        [
+            ("model/model_index.json", "model is one"),
+            (WEIGHTS_NAME, f"{WEIGHTS_NAME} is a LoRA, for `lora`"),
+            ("export.json", "it is an export, which takes backend='onnx'"),
+        ],
+    )
+    def test_what_a_run_or_an_export_left(self, tmp_path, file, hint):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+        with pytest.raises(LoadError, match=f"no model in diffusers' format: .*{hint}"):
             load_pipeline(tmp_path)
 
     def test_another_model(self, copy):

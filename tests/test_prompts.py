@@ -59,6 +59,13 @@ def test_sources(tmp_path):
         load_prompts(str(file))
     with pytest.raises(ConfigError, match="neither"):
         load_prompts("no/such.txt")
+    with pytest.raises(ConfigError, match="evaluation.prompts_file must be one of"):
+        load_prompts("no/such.txt", key="evaluation.prompts_file")
+    file.write_bytes("\ufeffgrün\r\nzwei\u2028drei".encode())
+    assert load_prompts(str(file)) == (("grün", "zwei\u2028drei"),)
+    file.write_bytes(b"one\nt\xffo\n")
+    with pytest.raises(ConfigError, match="prompts.source: .*prompts.txt:2 is not UTF-8"):
+        load_prompts(str(file))
     with pytest.raises(ConfigError, match="family must be one of"):
         load_prompts("shapes", ["colors"])
     with pytest.raises(ConfigError, match="no prompts in split 'test'"):

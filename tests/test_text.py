@@ -188,3 +188,22 @@ def test_truncated_weights(zimage_dir, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(LoadError, match="text_encoder"):
         load_text_encoder(broken, "zimage", width=48, **CPU)
+
+
+def test_a_text_that_is_cut_is_said_once_with_its_tokens(sd3_text, zimage_text, caplog):
+    long = "far away " * 400
+    for text in (sd3_text, zimage_text):
+        text.clear_cache()
+        text.encode(["short", long])
+        text.encode([long])
+    length, tokenizer = sd3_text.t5_length, sd3_text.t5[0]
+    found = len(tokenizer(long, verbose=False).input_ids)
+    first, second = caplog.messages
+    assert first.startswith(f"{length} of {found} tokens are read of the prompt 'far away far")
+    assert second.startswith("512 of ") and len(second) < 120
+    caplog.clear()
+    for count in range(1, 9):
+        fits = len(tokenizer(text := "far " * count, verbose=False).input_ids) <= length
+        sd3_text.encode([text])
+        assert bool(caplog.messages) != fits, count
+        caplog.clear()

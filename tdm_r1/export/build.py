@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from tdm_r1 import __version__
@@ -31,7 +30,7 @@ from tdm_r1.exported.loading import open_parts
 from tdm_r1.exported.manifest import REFIT, Manifest, write_manifest
 from tdm_r1.exported.refit import PARTS
 from tdm_r1.exported.session import import_runtime
-from tdm_r1.files import sha256
+from tdm_r1.files import save_tensors, sha256
 from tdm_r1.models.loading import load_transformer, read_json
 from tdm_r1.pipeline import Pipeline, load_pipeline
 from tdm_r1.trajectory import DECODE_LIMIT
@@ -246,7 +245,7 @@ def _write_unmerged(engine: Engine, precision: str, graphs: dict[str, dict], roo
     entries = (entry for name in PARTS for entry in graphs[name]["weights"].values())
     names = sorted({entry["weight"] for entry in entries})
     tensors = {name: model.get_parameter(name).detach().contiguous() for name in names}
-    safetensors.torch.save_file(tensors, root / REFIT)
+    save_tensors(tensors, root / REFIT)
 
 
 def _worst(parity: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tdm_r1.errors import ConfigError, LoadError
+from tdm_r1.files import save_tensors
 from tdm_r1.models.layers import Transformer, name_some
 from tdm_r1.models.sd3 import SD3Config, SD3Transformer
 from tdm_r1.models.zimage import ZImageConfig, ZImageTransformer
@@ -89,7 +90,7 @@ def save_transformer(
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     # Copies: tensors of a frozen model are views of joint storage, which the format cannot express.
     tensors = {name: value.to("cpu", dtype, copy=True) for name, value in state.items()}
-    safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def read_json(path: Path) -> dict[str, Any]:

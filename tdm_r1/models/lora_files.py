@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from tdm_r1.errors import ConfigError, LoadError, closest
+from tdm_r1.files import save_tensors
 from tdm_r1.models.layers import name_some
 from tdm_r1.models.lora import LoraTensors, adapter_tensors
 from tdm_r1.models.lora_comfyui import from_comfyui, to_comfyui
@@ -90,7 +90,7 @@ def write_lora(
         settings = _settings(tensors)
         header[METADATA_KEY] = json.dumps({f"transformer.{k}": v for k, v in settings.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(values, path, metadata=header)
+    save_tensors(values, path, metadata=header)
     if layout == "peft":
         config = {"peft_type": "LORA", "base_model_name_or_path": None, **_settings(tensors)}
         path.with_name("adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

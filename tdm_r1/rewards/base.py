@@ -146,7 +146,7 @@ def _score(
         values = np.asarray(result)
     except TdmError:
         raise  # already says what is wrong and whose mistake it is
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a scorer's exit would be the run's, with status 0
         raise RewardError(f"reward '{name}' raised {type(error).__name__}: {error}") from error
     return _checked(name, values, prompts)
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tdm_r1.errors import LoadError, SaveError
-from tdm_r1.files import sha256
+from tdm_r1.files import save_tensors, sha256
 
 FORMAT = 1
 STATE_FILE = "state.json"
@@ -133,7 +133,7 @@ def _write(
     groups = {}
     for group, named in tensors.items():
         file = staging / f"{group}.safetensors"
-        save_file(_owned(named), file)
+        save_tensors(_owned(named), file)
         _fsync(file)
         groups[group] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     manifest = {"format": FORMAT, "groups": groups, "state": state}

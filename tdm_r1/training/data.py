@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from tdm_r1 import shapes
@@ -19,6 +19,7 @@ from tdm_r1.config import Data
 from tdm_r1.errors import ConfigError
 from tdm_r1.models.conditioning import Condition
 from tdm_r1.pipeline import Pipeline
+from tdm_r1.prompts import read_lines
 from tdm_r1.trajectory import DECODE_LIMIT
 
 _BATCH = 64
@@ -91,26 +92,47 @@ def _read_folder(folder: Path, pipeline: Pipeline) -> tuple[list[np.ndarray], li
         raise ConfigError(
             f"data.source must be 'shapes' or a folder with metadata.jsonl; no {metadata}"
         )
-    pictures, texts = [], []
-    for number, line in enumerate(metadata.read_text().splitlines(), start=1):
+    pictures: list[np.ndarray] = []
+    texts: list[str] = []
+    for number, line in enumerate(read_lines(metadata, "data.source"), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             name, text = entry["file_name"], entry["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
+            raise ConfigError(f"{metadata}:{number} is not JSON: {error}") from error
+        except (KeyError, TypeError) as error:
             raise ConfigError(f"{metadata}:{number} lacks file_name or text: {error}") from error
         try:
-            picture = np.asarray(Image.open(folder / name).convert("RGB"))
+            picture = _upright(Image.open(folder / name))
         except OSError as error:
             raise ConfigError(f"{metadata}:{number}: cannot read {name}: {error}") from error
+        if not isinstance(text, str):
+            raise ConfigError(f"{metadata}:{number}: text is {text!r}; allowed: a string")
+        if pictures and picture.shape != pictures[0].shape:
+            sizes = ["{1} x {0}".format(*p.shape) for p in (picture, pictures[0])]
+            raise ConfigError(
+                f"{metadata}:{number}: {name} is {sizes[0]}, those before are {sizes[1]}:"
+                " pictures must share one size"
+            )
         pictures.append(picture)
         texts.append(text)
-    sizes = {p.shape[:2] for p in pictures}
-    unit = pipeline.size_unit
-    if len(sizes) != 1 or any(side % unit for size in sizes for side in size):
-        found = sorted(sizes)[:4]
+    if not pictures:
+        raise ConfigError(f"{metadata} lists no pictures")
+    height, width, _ = pictures[0].shape
+    if height % (unit := pipeline.size_unit) or width % unit:
         raise ConfigError(
-            f"{metadata}: pictures must share one size, a multiple of {unit}; found {found}"
+            f"{metadata}: pictures are {width} x {height}; allowed: multiples of {unit}"
         )
     return pictures, texts
+
+
+def _upright(picture: Image.Image) -> np.ndarray:
+    """RGB [H, W, 3], turned as its EXIF data say, on white where it is transparent."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return np.asarray(picture.convert("RGB"))

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tdm_r1.config import Recipe
 from tdm_r1.errors import ConfigError
+from tdm_r1.files import save_tensors
 from tdm_r1.pipeline import Pipeline
 from tdm_r1.prompts import PromptSampler
 from tdm_r1.text import TextEncoder
@@ -123,7 +123,7 @@ def _write(folder: Path, text: TextEncoder, prompts: list[str]) -> None:
     index = folder / f"{distributed.rank():04d}.json"
     shards = json.loads(index.read_text()) if index.is_file() else {}
     name = f"{distributed.rank():04d}-{len(shards):05d}.safetensors"
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name)
+    save_tensors({key: value.contiguous() for key, value in tensors.items()}, folder / name)
     partial = index.with_suffix(".partial")
     partial.write_text(json.dumps({**shards, name: prompts}))
     partial.replace(index)

@@ -51,7 +51,8 @@ class Evaluator:
         config = recipe.evaluation
         self.config = config
         source = config.prompts_file or recipe.prompts.source
-        pools = load_prompts(source, config.families, config.split)
+        key = "evaluation.prompts_file" if config.prompts_file else "prompts.source"
+        pools = load_prompts(source, config.families, config.split, key=key)
         self.prompts = evaluation_prompts(pools, config.num_prompts)
         self.held_out: list[str] = []
         if config.held_out_families:

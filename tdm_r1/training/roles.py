@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -163,9 +164,14 @@ def _start_from(role: Role, few_step: dict[str, lora.LoraTensors]) -> None:
     tensors = role.tensors()
     wanted = {key.rsplit(".lora_", 1)[0] for key in tensors}
     if set(few_step) != wanted:
-        odd = sorted(set(few_step) ^ wanted)[:3]
+        facts = []
+        for odd, verb in ((set(few_step) - wanted, "lack"), (wanted - set(few_step), "add")):
+            if odd:
+                facts.append(f"{verb} {len(odd)}, such as {min(odd)}")
         raise ConfigError(
-            f"the few-step LoRA and roles.targets cover different modules, e.g. {odd}"
+            "an adapter that starts from the few-step LoRA has the same modules, and roles.targets "
+            f"{' and '.join(facts)}; set roles.targets=[{', '.join(_targets(few_step))}], "
+            f"roles.rank={next(iter(few_step.values())).a_rI.shape[0]}, or roles.kind=full"
         )
     modules = dict(lora.lora_modules(role.transformer))
     assert role.adapter is not None
@@ -178,6 +184,11 @@ def _start_from(role: Role, few_step: dict[str, lora.LoraTensors]) -> None:
                 )
             tensors[f"{name}.lora_A.weight"].copy_(a)
             tensors[f"{name}.lora_B.weight"].copy_(b * (scale / modules[name].scale(role.adapter)))
+
+
+def _targets(modules: Iterable[str]) -> list[str]:
+    """Ends of names, by which `lora.inject` finds these modules."""
+    return sorted({re.sub(r"^\w+\.\d+\.", "", name) for name in modules})
 
 
 @torch.no_grad()

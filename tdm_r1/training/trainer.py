@@ -65,6 +65,8 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.recipe, self.resumed = recipe, resume
         self.output = Path(recipe.output)
+        if self.output.exists() and not self.output.is_dir():
+            raise ConfigError(f"output is {recipe.output!r}, a file; allowed: a folder, old or new")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if recipe.memory.base == "bf16" else torch.float32
         self.pipeline = load_pipeline(
@@ -120,7 +122,7 @@ class Trainer:
             if found is None:
                 raise LoadError(f"nothing to resume: no checkpoint in {self.output}")
             snapshot.restore(self, found)
-        elif found is not None:
+        elif found is not None and found != checkpoint.checkpoint_path(self.output, 0):
             raise ConfigError(
                 f"output {self.output} holds {found.name} of an earlier run: "
                 "pass --resume to go on from it, or choose another output"
@@ -158,6 +160,8 @@ class Trainer:
             if self._evaluation_due():
                 self._evaluate(progress)
             self.stop_if_asked()
+            if self.iteration >= recipe.iterations:
+                log.info("%d of %d iterations are done", self.iteration, recipe.iterations)
             while self.iteration < recipe.iterations and self.stopped is None:
                 self._iterate(progress)
             if self.stopped is not None:

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from tdm_r1.config import Roles
+from tdm_r1.errors import ConfigError
 from tdm_r1.models import lora
 from tdm_r1.models.loading import load_transformer
-from tdm_r1.training.roles import build_roles, follow, transferred
+from tdm_r1.models.lora_files import load_lora_file
+from tdm_r1.pipeline import find_model
+from tdm_r1.training.roles import _targets, build_roles, follow, transferred
 from tests.training.common import condition
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -100,9 +103,20 @@ def test_follow_is_a_lerp(kind, sd3_dir):
 
 def test_a_few_step_lora_for_other_modules_is_refused(sd3_dir):
     few_step = few_step_lora(sd3_dir)
-    few_step.pop(next(iter(few_step)))
-    with pytest.raises(ValueError, match="cover different modules"):
+    whole, lost = dict(few_step), next(iter(few_step))
+    few_step.pop(lost)
+    with pytest.raises(ConfigError, match=f"targets add 1, such as {lost}; set roles.targets="):
         build(sd3_dir, "lora", few_step)
+    few_step = {**whole, "time_text_embed.timestep_embedder.linear_1": whole[lost]}
+    with pytest.raises(ConfigError, match="targets lack 1, such as time_text.* or roles.kind=full"):
+        build(sd3_dir, "lora", few_step)
+
+
+def test_the_targets_that_are_named_are_those_of_the_lora():
+    root, file = find_model("tiny-sd3")
+    base = load_transformer(root)
+    few_step = load_lora_file(file)
+    assert lora.find_targets(base, _targets(few_step)).keys() == few_step.keys()
 
 
 def test_a_share_of_a_change_is_transferred_unless_what_made_it_fails(sd3_dir):

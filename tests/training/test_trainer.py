@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tdm_r1 import Engine
-from tdm_r1.errors import ConfigError, LoadError
+from tdm_r1.errors import ConfigError, LoadError, RewardError
 from tdm_r1.training import checkpoint, data, distributed
+from tdm_r1.training.curves import read_metrics
 from tdm_r1.training.trainer import Trainer, learning_rate
 from tests.training.common import hashes, recipe, write_recipe
 from tests.training.launch import (
@@ -312,6 +313,26 @@ def test_a_used_output_is_not_overwritten(tmp_path, sd3_dir, bright):
         Trainer(recipe(tmp_path, sd3_dir, reward=bright, seed=1), resume=True)
     with pytest.raises(LoadError, match="nothing to resume"):
         Trainer(recipe(tmp_path / "new", sd3_dir, reward=bright), resume=True)
+    with pytest.raises(ConfigError, match="output is '.*bright.py', a file; allowed: a folder"):
+        Trainer(recipe(tmp_path, sd3_dir, reward=bright, output=bright.split(":")[0]))
+
+
+def test_an_attempt_that_failed_before_its_first_iteration_is_no_earlier_run(
+    tmp_path, sd3_dir, bright
+):
+    bad = tmp_path / "bad.py"
+    bad.write_text("import sys\ndef score(images, prompts):\n    sys.exit()\n")
+    with pytest.raises(RewardError, match="raised SystemExit"):
+        Trainer(recipe(tmp_path, sd3_dir, reward=f"{bad}:score")).run()
+    assert checkpoint.latest_checkpoint(tmp_path / "run").name == "checkpoint-000000"
+    trainer = Trainer(recipe(tmp_path, sd3_dir, reward=bright, iterations=1, checkpoint_every=1))
+    trainer.run()
+    records, evaluations = read_metrics(tmp_path / "run")
+    assert len(records) == 1 and [e["iteration"] for e in evaluations] == [0, 1]
+    found = checkpoint.latest_checkpoint(tmp_path / "run")
+    assert found.name == "checkpoint-000001"
+    mode = (tmp_path / "run" / "recipe.yaml").stat().st_mode
+    assert all(path.stat().st_mode == mode for path in (tmp_path / "run").rglob("*.safetensors"))
 
 
 def test_a_resumed_run_reads_a_prompt_as_the_run_before_did(tmp_path):
