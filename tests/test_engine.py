@@ -9,7 +9,9 @@ from PIL import Image
 
 from tdm_r1.engine import Engine
 from tdm_r1.errors import ConfigError
+from tdm_r1.graphs import FakeGraphs
 from tdm_r1.models.conditioning import Condition
+from tdm_r1.pipeline import load_pipeline
 
 PROMPTS = ["two red circles", "a photo of a green square and a very small blue cat, far away"]
 SIGMAS = [1.0, 0.75, 0.5, 0.25]
@@ -326,3 +328,34 @@ def test_conditions_of_two_widths_are_refused(sd3, zimage):
     assert isinstance(cond, Condition)
     with pytest.raises(ConfigError):
         sd3.rollout(cond, latents(1))
+
+
+def test_recordings_are_of_one_guidance_each(sd3_dpm_dir):
+    pipeline = load_pipeline(sd3_dpm_dir, device="cpu", backend="reference")
+    pair = Engine(pipeline, graphs=FakeGraphs()), Engine(pipeline)
+    cond, uncond = (pipeline.text.encode(prompts) for prompts in (PROMPTS, ["", ""]))
+    for weight in (2.0, 5.0):
+        given = {"guidance": weight, "uncond": uncond}
+        assert torch.equal(*(each.rollout(cond, latents(2), **given).x[-1] for each in pair))
+        given = {"seed": 1, "guidance_scale": weight, "output_type": "latent"}
+        for callback in (None, lambda *state: None):
+            given["callback"] = callback
+            assert torch.equal(*(each.generate("a", **given) for each in pair))
+
+
+def test_a_rollout_of_another_transformer_has_no_version(engine):
+    model = engine.pipeline.transformer
+    other = type(model)(model.config)
+    other.load_state_dict(model.state_dict())
+    cond = engine.pipeline.text.encode(PROMPTS)
+    assert engine.rollout(cond, latents(2)).weights_version == 0
+    assert engine.rollout(cond, latents(2), transformer=other).weights_version is None
+
+
+def test_clear_cache_forgets_what_was_made_of_a_prompt(sd3_dir, monkeypatch):
+    engine = Engine.from_pretrained(sd3_dir, device="cpu")
+    text, how = engine.pipeline.text, {"seed": 1, "output_type": "latent"}
+    before, encode = engine.generate("red", **how), text.encode
+    monkeypatch.setattr(text, "encode", lambda prompts: encode(["blue"] * len(prompts)))
+    engine.clear_cache()
+    assert not torch.equal(engine.generate("red", **how), before)

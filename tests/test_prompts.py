@@ -70,3 +70,8 @@ def test_sources(tmp_path):
         load_prompts("shapes", ["colors"])
     with pytest.raises(ConfigError, match="no prompts in split 'test'"):
         load_prompts("shapes", ["single"], "test")
+
+
+def test_every_pass_has_an_order_of_its_own():
+    prompts = [prompt for _, prompt in PromptSampler([tuple("abcdefgh")], seed=0).draw(16)]
+    assert sorted(prompts[:8]) == sorted(prompts[8:]) and prompts[:8] != prompts[8:]

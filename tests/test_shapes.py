@@ -142,3 +142,19 @@ def test_other_captions_are_refused(caption):
 def test_pictures_of_another_kind_are_refused():
     with pytest.raises(ConfigError, match=r"uint8 \[H, W, 3\]; got float64 \[64, 64\]"):
         shapes.check("a circle", np.zeros((64, 64)))
+
+
+def test_what_is_no_shape_spoils_a_picture():
+    right = scene(("circle", "red", 20, 20, 12))
+    assert shapes.check("a red circle", right).strict == 1
+    dark = right.copy()
+    dark[50:60, 50:60] = 0  # a fifth of what is there, and no colour
+    assert shapes.check("a red circle", dark).strict == 0
+    smear = scene(("circle", "red", 20, 20, 15)).copy()
+    smear[56:60, 40:52] = shapes.COLOURS["blue"]  # 6 % of what is there, and no shape
+    assert shapes.check("a red circle", smear).strict == 0
+
+
+def test_two_circles_of_unlike_colours_are_two_things_of_one_each():
+    picture = scene(RED, ("circle", "green", 46, 46, 8))
+    assert shapes.check("a red circle and a green circle", picture).strict == 1

@@ -110,3 +110,12 @@ def test_tiles_of_a_picture_look_like_the_picture():
 @pytest.mark.parametrize(("limit", "side"), [(1023, 4), (1024, 4), (64 * 64, 8), (65 * 95, 8)])
 def test_tiles_are_as_large_as_the_limit_allows(limit, side):
     assert tile_side(SimpleNamespace(scale_factor=8), limit) == side
+
+
+@torch.no_grad()
+def test_encoding_is_the_models_mean_normalised():
+    model = autoencoder()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mean = model.encode(images * 2 - 1).latent_dist.mean
+    expected = (mean - model.config.shift_factor) * model.config.scaling_factor
+    torch.testing.assert_close(VAE(model).encode(images), expected, rtol=0, atol=1e-5)

@@ -181,3 +181,8 @@ def test_refuses_what_the_kernels_cannot_read():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_gate_and_up_may_have_rows_of_unlike_strides():
+    gate, up = randn(1, 3, 80, seed=2, dtype=HALF).chunk(2, -1)
+    assert_same_rows(fp8.swiglu_fp8(gate, up.contiguous()), fp8.swiglu_fp8(gate, up))

@@ -172,3 +172,23 @@ def test_compiles_in_one_graph():
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     for found, like in zip(compiled(x), block(x), strict=True):
         torch.testing.assert_close(found, like)
+
+
+def test_the_library_gets_more_rows_than_cuda_asks_for(monkeypatch):
+    rows, plain = [], torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda x, w: rows.append(len(x)) or plain(x, w))
+    weight = int8.quantize_rows(randn(16, 16, seed=1))
+    for count in (1, 16, 17, 40):
+        x = int8.quantize_rows(randn(count, 16, seed=2))
+        assert int8.scaled_linear(x, weight).shape == (count, 16)
+    assert min(rows) > 16
+
+
+def test_an_update_of_any_source_is_seen():
+    weight, x = randn(32, 48, seed=1), randn(2, 5, 48, seed=3)
+    first, second = weight[:16].data, weight[16:].data  # each counts its own updates
+    linear = int8.forms(None)["pack_linear"](weight, None, [first, second])
+    first.mul_(1).mul_(1)
+    before = linear(x)
+    second.mul_(2)
+    torch.testing.assert_close(linear(x)[..., 16:], 2 * before[..., 16:])

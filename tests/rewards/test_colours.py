@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from tdm_r1 import shapes
 from tdm_r1.errors import ConfigError
@@ -124,3 +124,10 @@ def test_another_model_is_no_clip(tmp_path):
     ViTConfig(hidden_size=8).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="is a vit model; allowed: clip"):
         ClipColours(str(tmp_path))
+
+
+def test_corners_of_a_box_have_no_vote():
+    image = Image.new("RGB", (100, 100), "green")
+    ImageDraw.Draw(image).chord((0, 0, 99, 99), 84, 276, fill="red")  # more than half of the disc
+    assert 0.4 < (np.asarray(image)[..., 0] > 128).mean() < 0.5
+    assert hsv_vote(image, [Detected("x", 1.0, (0, 0, 100, 100))]) == ["red"]

@@ -178,7 +178,7 @@ def test_a_crash_at_any_moment_leaves_a_loadable_checkpoint(tmp_path, monkeypatc
         return wrapper
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", deadly(checkpoint.save_file))
+        patch.setattr(checkpoint, "save_tensors", deadly(checkpoint.save_tensors))
         patch.setattr(checkpoint, "_fsync", deadly(checkpoint._fsync))
         patch.setattr(checkpoint.os, "rename", deadly(os.rename))
         patch.setattr(
@@ -213,7 +213,7 @@ def test_a_failed_write_raises_and_leaves_no_debris(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
     assert os.listdir(tmp_path) == ["checkpoint-000001"]
@@ -299,3 +299,12 @@ def test_a_file_that_was_never_safetensors_is_a_load_error(tmp_path):
     edit_manifest(path / "state.json", groups=groups)
     with pytest.raises(LoadError, match=r"generator\.safetensors cannot be read"):
         load_checkpoint(path)
+
+
+def test_what_was_renamed_aside_yields_to_what_took_its_place(tmp_path):
+    path = save(tmp_path, 1)
+    aside = path.with_name(path.name + ".old")
+    shutil.copytree(path, aside)
+    assert latest_checkpoint(tmp_path) == path
+    shutil.rmtree(path)
+    assert latest_checkpoint(tmp_path) == aside

@@ -5,8 +5,10 @@ import pytest
 from PIL import Image
 
 from tdm_r1 import geneval
+from tdm_r1.engine import Engine
 from tdm_r1.pipeline import load_pipeline
-from tdm_r1.training.evaluate import BATCH, NUM_SHOWN, Evaluator, by_family
+from tdm_r1.training import evaluate
+from tdm_r1.training.evaluate import BATCH, NUM_SHOWN, Evaluator, bootstrap_interval, by_family
 from tdm_r1.training.trainer import Trainer
 from tests.training.common import recipe
 
@@ -75,3 +77,41 @@ def test_rewards_get_as_many_pictures_at_a_time_as_are_drawn(tmp_path, sd3_dir, 
     assert sample.values == pytest.approx(greys[:NUM_SHOWN])
     assert max(map(len, calls)) <= BATCH < 150
     assert sum(calls, []) == evaluator.prompts * 2
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_pictures_are_those_of_the_engine(guidance, tmp_path, sd3_dir, monkeypatch):
+    rollout = {"solver": "dpm2m", "num_prompts": 2, "group_size": 3, "micro_groups": 1}
+    values = {"families": ["counting"], "num_prompts": 3, "guidance": guidance}
+    trainer = Trainer(recipe(tmp_path, sd3_dir, evaluation=values, rollout=rollout))
+    monkeypatch.setattr(evaluate, "BATCH", 2)
+    texts = ["two circles", "a square", "two circles"]
+    found = trainer.evaluator.pictures(trainer.roles["base"], texts, 7)
+    engine = Engine(load_pipeline(sd3_dir, dtype="float32"), solver="dpm2m")
+    for i, (text, picture) in enumerate(zip(texts, found, strict=True)):
+        (like,) = engine.generate(text, seed=7 + i, guidance_scale=guidance)
+        assert abs(np.asarray(picture).astype(int) - np.asarray(like)).max() <= 1
+
+
+def test_intervals_resample_prompts_not_pictures():
+    prompts = ["a"] * 50 + ["b"] * 50  # means of 0, 1/2 and 1
+    assert list(bootstrap_interval(np.repeat([0.0, 1.0], 50), prompts, seed=0)) == [0.0, 1.0]
+
+
+def test_means_are_over_pictures_and_over_families_and_no_noise_comes_twice(
+    tmp_path, sd3_dir, monkeypatch
+):
+    values = {"families": ["counting", "two"], "num_prompts": 3, "held_out_families": ["single"]}
+    made = recipe(tmp_path, sd3_dir, evaluation={**values, "seed": 11})
+    evaluator, seeds = Evaluator(made, load_pipeline(sd3_dir, dtype="float32")), []
+
+    def pictures(role, prompts, seed):
+        seeds.append(seed)
+        return [Image.new("RGB", (8, 8))] * len(prompts)
+
+    monkeypatch.setattr(evaluator, "pictures", pictures)
+    judge = lambda images, prompts: [float("and" in p) for p in prompts]  # noqa: E731
+    monkeypatch.setattr(evaluator, "reward", judge)
+    result, _ = evaluator.run(None)
+    assert result["reward"] == pytest.approx(1 / 3) and result["family_mean"] == 0.5
+    assert seeds == [11, 14]

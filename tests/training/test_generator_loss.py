@@ -185,3 +185,23 @@ def test_generator_metrics_are_detached_scalars():
     loss, metrics = losses.generator_loss(**generator_inputs(), k=0, trunc_steps=4, rl_cfg=2.5)
     assert loss.requires_grad and loss.ndim == 0
     assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
+
+
+def test_weights_have_a_floor_where_generator_and_teacher_agree():
+    x0, fake = randn(0).requires_grad_(), randn(1)
+    same = x0.detach()
+    velocities = (x0, same, same, fake, same, same, same)
+    for loss, _ in (
+        losses.tdm_loss(x0, same, same, fake),
+        losses.generator_loss(*velocities, k=0, trunc_steps=4, rl_cfg=2.5),
+    ):
+        expected = -2 * (same - fake) / 1e-3 / NUM_ELEMENTS / NUM_ROWS
+        torch.testing.assert_close(gradient(loss, x0), expected)
+
+
+def test_the_curves_show_the_weights_that_were_used():
+    inputs = generator_inputs()
+    metrics = losses.generator_loss(**inputs, k=0, trunc_steps=4, rl_cfg=2.5)[1]
+    *_, w_B, w_rl_B = terms(inputs)
+    torch.testing.assert_close(metrics["generator_weight"], w_B.mean())
+    torch.testing.assert_close(metrics["generator_rl_weight"], w_rl_B.mean())

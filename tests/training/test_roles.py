@@ -141,3 +141,13 @@ def test_a_share_of_a_change_is_transferred_unless_what_made_it_fails(sd3_dir):
     with transferred(origin, target, 0.0):
         move()
     assert all(torch.equal(tensor, moved[name]) for name, tensor in target.tensors().items())
+
+
+def test_a_few_step_lora_keeps_its_scale_beside_another_alpha(sd3_dir):
+    few_step = few_step_lora(sd3_dir)
+    base, merged = (load_transformer(sd3_dir, dtype=torch.float32) for _ in range(2))
+    config = Roles(kind="lora", rank=4, alpha=2.0, targets=TARGETS)
+    roles = build_roles(base, "tdm_r1", config, few_step=few_step, bf16=False)
+    lora.merge_lora(merged, few_step)
+    expected = velocities({"few": build_single(merged)})["few"]
+    torch.testing.assert_close(velocities(roles)["generator"], expected, atol=1e-5, rtol=0)

@@ -356,3 +356,32 @@ def test_advantages_use_the_rewards_of_the_whole_iteration(tmp_path, sd3_dir):
             load_reward(f"{file}:score"),
             Clock(),
         )
+
+
+def test_a_moving_reference_keeps_its_decay_of_itself(tmp_path, sd3_dir):
+    rl = {"reference": "ema", "reference_decay": 0.75}
+    trainer = make(tmp_path, sd3_dir, reinforcement=rl)
+    old = {n: t.clone() for n, t in trainer.roles["reference"].tensors().items()}
+    trainer.method._follow_judge(0)
+    new = trainer.roles["surrogate"].tensors()
+    for name, tensor in trainer.roles["reference"].tensors().items():
+        torch.testing.assert_close(tensor, 0.75 * old[name] + 0.25 * new[name])
+
+
+def test_the_fake_score_is_updated_as_often_as_asked_at_fresh_levels(
+    tmp_path, sd3_dir, monkeypatch
+):
+    trainer = make(tmp_path, sd3_dir, "tdm", distillation={"boundaries": 2, "fake_updates": 3})
+    batch = roll_out(trainer.engine, trainer.roles["generator"], [(0, "two circles")], 3, 0)
+    calls, plain = [], module.fake_loss
+    monkeypatch.setattr(module, "fake_loss", lambda *a, **k: calls.append(a[3]) or plain(*a, **k))
+    trainer.method._update(0, [batch])
+    assert len(calls) == len({tuple(s_B.tolist()) for s_B in calls}) == 3 * 2
+
+
+def test_levels_follow_the_recipes_shift(tmp_path, sd3_dir):
+    trainer = make(tmp_path, sd3_dir, sigma_shift=1.0)
+    groups = [(i, "a circle") for i in range(2)]
+    batch = roll_out(trainer.engine, trainer.roles["generator"], groups, 64, 0)
+    s_B = trainer.method._draw_inputs(0, batch, 3, 3, 0)[0].s_B  # uniform in [0.02, 1]
+    assert s_B.mean().item() == pytest.approx(0.51, abs=0.02)
