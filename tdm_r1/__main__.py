@@ -130,6 +130,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--output is {str(output)!r}; allowed endings: {', '.join(SUFFIXES)}")
     if not output.parent.is_dir():
         raise ConfigError(f"--output is {str(output)!r}, but {output.parent} is not a directory")
+    if output.is_dir():
+        raise ConfigError(f"--output is {str(output)!r}, a directory; allowed: a file")
     from tdm_r1.engine import (
         Engine,
     )  # torch and the model libraries take seconds; --help should not

@@ -262,6 +262,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, help="write the report here, as JSON")
     args = parser.parse_args(argv)
     try:
+        if args.output is not None and not args.output.parent.is_dir():  # before the minutes
+            raise ConfigError(f"--output is {str(args.output)!r}; its directory is not there")
         dtype = dtype_beside(args.precision, "auto", None)
         pipeline = load_pipeline(args.model, lora=args.lora, device=args.device, dtype=dtype)
         schedule = flow.schedule(pipeline.default_solver, args.steps, pipeline.shift)

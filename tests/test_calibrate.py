@@ -358,3 +358,9 @@ def test_layers_that_cannot(pipeline, engine, zimage_dir):
     with pytest.raises(ConfigError, match="precision is 'int3'; allowed: 'fp8', 'int8'"):
         model.quantize([first], "int3")
     assert model.frozen and not model.quantized
+
+
+def test_a_report_that_has_no_place_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "load_pipeline", None)
+    assert calibrate.main(["tiny-sd3", "-o", str(tmp_path / "no" / "report.json")]) == 2
+    assert "its directory is not there" in capsys.readouterr().err

@@ -61,13 +61,16 @@ def test_options_reach_the_engine(run, tmp_path):
         (["a", "--model", "tiny-sd"], "Did you mean"),
         (["a", "-o", "picture"], "--output is 'picture'"),
         (["a", "-o", "nowhere/out.png"], "nowhere is not a directory"),
+        (["a", "-o", "folder.png"], "--output is 'folder.png', a directory"),
         (["a", "--lora", "absent.safetensors"], "absent.safetensors"),
         (["a", "--dtype", "float16"], "float16"),
         (["a", "--backend", "magic"], "magic"),
         (["a", "--seed", -5], "seed is -5"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(run, arguments, message):
+def test_a_mistake_is_one_line_and_status_2(run, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert message in err and err.startswith("tdm-r1: ") and err.count("\n") == 1

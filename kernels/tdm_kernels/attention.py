@@ -176,7 +176,7 @@ def _settle_order(device: torch.device) -> None:
 
     Inside of `sdpa_kernel` that would come to nothing: what is restored is the order from before.
     """
-    rows = torch.zeros(1, 1, 1, 16, device=device, dtype=torch.float16)
+    rows = torch.empty(1, 1, 1, 16, device=device, dtype=torch.float16)
     torch._fused_sdp_choice(rows, rows, rows)
 
 
