@@ -259,7 +259,8 @@ class TestFiles:
         }  # fmt: skip
 
     def test_the_bench_without_engines(self, sd3_export, capsys):
-        assert bench(["--export", str(sd3_export), "--backend", "tensorrt-rtx"]) == 2
+        threads = ["--threads", str(torch.get_num_threads())]
+        assert bench(["--export", str(sd3_export), "--backend", "tensorrt-rtx", *threads]) == 2
         assert "holds no engines; make some: tdm-r1-export" in capsys.readouterr().err
 
     def test_an_engine_that_was_changed_is_never_loaded(self, root, module):
